@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes the virtual environment with a mix of torch, fbgemm and torchrec that fits together.
+#
+# torchrec requires the distribution fbgemm-gpu, the CUDA build: on a machine without a CUDA GPU the CPU build
+# fbgemm-gpu-cpu takes its place, and torchrec is installed without its requirements, which follow by name.
+set -euo pipefail
+
+: "${PYTHON:=python3}" "${VENV:=.venv}" "${TORCH_PIP_ARGS:=}"
+TORCH=2.13.0
+FBGEMM=1.8.0
+TORCHREC=1.8.0
+
+say() { printf '%s\n' "$*" >&2; }
+
+if [ ! -x "$VENV/bin/python" ]; then
+  "$PYTHON" -m venv "$VENV" || { say "error: $PYTHON cannot make a virtual environment; install its venv package"; exit 2; }
+fi
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+  fbgemm="fbgemm-gpu==$FBGEMM"
+else
+  fbgemm="fbgemm-gpu-cpu==$FBGEMM"
+fi
+
+say "installing torch $TORCH, ${fbgemm/==/ } and torchrec $TORCHREC into $VENV"
+# shellcheck disable=SC2086  # the arguments are words
+pip install --quiet $TORCH_PIP_ARGS "torch==$TORCH"
+pip install --quiet "$fbgemm" "torch==$TORCH"
+pip install --quiet --no-deps "torchrec==$TORCHREC"
+pip install --quiet "torch==$TORCH" tensordict "torchmetrics==1.0.3" tqdm pyre-extensions iopath setuptools wheel
+pip install --quiet --no-build-isolation -e ".[dev]"

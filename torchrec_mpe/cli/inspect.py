@@ -1,0 +1,54 @@
+"""`torchrec-mpe inspect`: what is in an artifact, a precision plan, or prepared data."""
+
+import argparse
+import json
+from pathlib import Path
+
+from torchrec_mpe.data import PreparedDataset
+from torchrec_mpe.errors import UserError
+from torchrec_mpe.inference.artifact import load
+from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.precision import PrecisionPlan
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = commands.add_parser("inspect", help="show tables, bit-widths and bytes of an artifact or a plan")
+    parser.add_argument("path", type=Path, help="an artifact's folder, a plan.json, or a folder of prepared data")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what ``options.path`` holds."""
+    path: Path = options.path
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    try:
+        print(_describe(path))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _describe(path: Path) -> str:
+    if path.is_file():
+        plan = PrecisionPlan.load(path)
+        return f"precision plan {path}\nprovenance: {json.dumps(plan.provenance)}\n\n{plan.summary()}"
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(f"{path} is neither an artifact, nor a plan, nor prepared data: it holds no manifest.json")
+    if (path / "vocabulary").is_dir():
+        data = PreparedDataset.open(path)
+        rows = ", ".join(f"{data.num_rows(s):,} {s}" for s in ("train", "validation", "test"))
+        return "\n".join(
+            [f"prepared data {path}", f"rows: {rows}", *(f"{f.name}: {f.num_embeddings:,} ids" for f in data.fields)]
+        )
+    loaded = load(path)
+    parts = [f"artifact {path}"]
+    for name, module in loaded.named_modules():
+        if isinstance(module, PackedEmbeddingBagCollection):
+            parts += ["", name or "embedding bag collection", str(module.size_report())]
+            for table in module.size_report().tables:
+                widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)
+                parts.append(f"  {table.name}: {widths}")
+    return "\n".join(parts)

@@ -1,0 +1,108 @@
+"""From a retrained model to an inference model with packed rows."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.types import ShardingType
+
+from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.packing import TableToPack, pack_tables
+from torchrec_mpe.quantizer import RetrainQuantizer
+
+RowSource = Callable[[int, int], Tensor]
+Collection = MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection
+
+
+@torch.no_grad()
+def emit_inference_model(model: nn.Module, *, output_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of a retrained model, in eval mode, whose collections hold packed rows.
+
+    The rows are packed a few MiB at a time; neither they nor the dense network of ``model`` change. In a sharded model
+    every rank takes part and gets the whole packed model.
+
+    Args:
+        model (nn.Module): in the retrain phase; DistributedModelParallel, sharded or unsharded.
+        output_dtype (torch.dtype): of the pooled embeddings, float32, float16 or bfloat16.
+
+    Returns:
+        nn.Module: the unwrapped model on its device, with PackedEmbeddingBagCollections in place of the trained ones.
+
+    Raises:
+        ValueError: if there is no collection, or one is not in the retrain phase.
+    """
+    source = get_unwrapped_module(model)
+    collections = {name: module for name, module in source.named_modules() if isinstance(module, Collection)}
+    if not collections:
+        raise ValueError(f"{type(source).__name__} holds no MPEEmbeddingBagCollection")
+    for name, module in collections.items():
+        if module.phase is not Phase.RETRAIN:
+            raise ValueError(
+                f"collection {name or type(module).__name__} is in the {module.phase.value} phase: fix bit-widths with "
+                "prepare_retrain_ and train before emitting"
+            )
+    # deepcopy finds the packed collections in its memo and never touches the trained rows.
+    memo = {id(module): _pack(module, output_dtype) for module in collections.values()}
+    emitted: nn.Module = copy.deepcopy(source, memo)
+    return emitted.eval()
+
+
+def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingBagCollection:
+    sharded = isinstance(collection, ShardedMPEEmbeddingBagCollection)
+    tables: list[TableToPack] = []
+    device = torch.device("cpu")
+    for config in collection.embedding_bag_configs():
+        quantizer = collection.quantizers()[config.embedding_dim]
+        assert isinstance(quantizer, RetrainQuantizer)
+        device = quantizer.beta.device
+        rows = _sharded_rows(collection, config.name) if sharded else _whole_rows(collection, config.name)
+        tables.append(
+            TableToPack(
+                config.name,
+                quantizer.widths[config.name],
+                rows,
+                quantizer.step_size_of_width().cpu(),
+                quantizer.beta.detach().cpu(),
+                None if quantizer.zero_rows is None else quantizer.zero_row(config.name).cpu(),
+            )
+        )
+    packed = PackedEmbeddingBagCollection(
+        pack_tables(tables),
+        collection.embedding_bag_configs(),
+        is_weighted=collection._is_weighted,
+        output_dtype=output_dtype,
+    )
+    return packed.to(device)
+
+
+def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:
+    weight: Tensor = collection.embedding_bags[table].weight
+    return lambda start, stop: weight.detach()[start:stop].cpu()
+
+
+def _sharded_rows(collection: ShardedMPEEmbeddingBagCollection, table: str) -> RowSource:
+    """Rows put together from all ranks, which must ask for the same rows in the same order."""
+    sharding = collection.module_sharding_plan[table].sharding_type
+    group = collection._env.process_group
+    # Every rank holds all of a data-parallel table: one of them speaks.
+    speaks = sharding != ShardingType.DATA_PARALLEL.value or dist.get_rank(group) == 0
+    shards = [(r, c, values) for name, r, c, values in collection.local_shards() if name == table and speaks]
+    dim = next(t.embedding_dim for t in collection.embedding_bag_configs() if t.name == table)
+
+    def rows(start: int, stop: int) -> Tensor:
+        chunk = torch.zeros(stop - start, dim, device=collection._device)
+        for first_row, first_column, values in shards:
+            low, high = max(start, first_row), min(stop, first_row + values.shape[0])
+            if low < high:
+                columns = slice(first_column, first_column + values.shape[1])
+                chunk[low - start : high - start, columns] = values[low - first_row : high - first_row]
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(chunk, group=group)
+        return chunk.cpu()
+
+    return rows

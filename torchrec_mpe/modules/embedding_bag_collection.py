@@ -1,0 +1,245 @@
+"""TorchRec's EmbeddingBagCollection with learned bit-widths."""
+
+import enum
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    process_pooled_embeddings,
+    reorder_inverse_indices,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.frequency.groups import FeatureGroups, equal_groups, log_rank_groups
+from torchrec_mpe.initialization import RowInitialization
+from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
+from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig, SearchQuantizer
+
+_DEFAULT_GROUPS = {"log_rank": 32, "paper": 128}
+
+
+class Phase(enum.Enum):
+    """What the rows of a collection go through before they are pooled."""
+
+    PLAIN = "plain"  # nothing: TorchRec's own collection
+    SEARCH = "search"  # expectation over the candidate bit-widths
+    RETRAIN = "retrain"  # one fixed bit-width per row
+
+
+class MPEEmbeddingBagCollection(EmbeddingBagCollection):
+    """An EmbeddingBagCollection whose rows can be trained at mixed, learned bit-widths.
+
+    Until :func:`torchrec_mpe.prepare_search_` or :func:`torchrec_mpe.prepare_retrain_` is called it is TorchRec's
+    EmbeddingBagCollection: same arguments, same KeyedJaggedTensor in, same KeyedTensor out, same state dict keys
+    (``embedding_bags.<table>.weight``), so that its checkpoints load. A phase adds one quantizer per embedding
+    dimension under ``mpe.dim_<D>`` and puts the rows through it before pooling.
+
+    Args:
+        tables (List[EmbeddingBagConfig]): the tables; sum and mean pooling.
+        is_weighted (bool): whether input KeyedJaggedTensors carry per-sample weights; not with mean pooling, once a
+            phase is prepared.
+        device (Optional[torch.device]): device of the rows; "meta" to let the sharder allocate them.
+
+    Example::
+
+        tables = [EmbeddingBagConfig(name="t1", num_embeddings=1000, embedding_dim=8, feature_names=["f1"])]
+        model = MPEEmbeddingBagCollection(tables)
+        counts = FrequencyCounter(tables)                  # counts.update(kjt) over the training data
+        prepare_search_(model, counts, SearchConfig())
+
+        #        i = 0     i = 1    i = 2  <-- batch indices
+        # "f1"   [0, 1]    None     [2]
+        kjt = KeyedJaggedTensor.from_lengths_sync(["f1"], torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1]))
+        model(kjt)["f1"]                                   # [3, 8], expectation over 0 to 6 bits
+    """
+
+    def __init__(
+        self, tables: list[EmbeddingBagConfig], is_weighted: bool = False, device: torch.device | None = None
+    ) -> None:
+        super().__init__(tables=tables, is_weighted=is_weighted, device=device)
+        self.phase = Phase.PLAIN
+        self.row_initialization: RowInitialization | None = None
+
+    @classmethod
+    def from_plain(cls, module: EmbeddingBagCollection) -> "MPEEmbeddingBagCollection":
+        """A collection that shares the rows of a plain one."""
+        collection = cls(module.embedding_bag_configs(), module.is_weighted(), torch.device("meta"))
+        collection.embedding_bags = module.embedding_bags
+        collection._device = module.device
+        collection.train(module.training)
+        return collection
+
+    def prepare_search(self, counts: Mapping[str, Tensor], config: SearchConfig) -> None:
+        """Enter the search phase: rows at their initial values, uniform probabilities.
+
+        Args:
+            counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
+            config (SearchConfig): settings.
+
+        Raises:
+            ValueError: weighted mean pooling, a data type other than FP32, or counts of the wrong size.
+            KeyError: no counts for a table.
+        """
+        self._refuse_unsupported()
+        for table in self.embedding_bag_configs():
+            if len(counts[table.name]) != table.num_embeddings:
+                raise ValueError(
+                    f"table {table.name} has {table.num_embeddings} rows, its counts {len(counts[table.name])}"
+                )
+        quantizers: dict[str, RowQuantizer] = {}
+        for dim, tables in self._tables_by_dim().items():
+            quantizers[_key(dim)] = SearchQuantizer(
+                _groups({t.name: counts[t.name].cpu() for t in tables}, config),
+                {t.name: t.num_embeddings for t in tables},
+                dim,
+                config,
+                self.device,
+            )
+        self._enter(Phase.SEARCH, quantizers, config.initialization)
+
+    def prepare_retrain(
+        self,
+        widths: Mapping[str, TableBitWidths],
+        candidate_bits: Iterable[int],
+        initialization: RowInitialization,
+        learn_zero_row: bool,
+    ) -> None:
+        """Enter the retrain phase: rows at their initial values, bit-widths fixed.
+
+        Step sizes, offset and 0-bit vectors of a search phase before it are kept.
+
+        Raises:
+            ValueError: weighted mean pooling, a data type other than FP32, or widths of another shape.
+            KeyError: no widths for a table.
+        """
+        self._refuse_unsupported()
+        bits = tuple(candidate_bits)
+        quantizers: dict[str, RowQuantizer] = {}
+        for dim, tables in self._tables_by_dim().items():
+            selected = {t.name: _widths_of(t, widths) for t in tables}
+            quantizer = RetrainQuantizer(selected, dim, bits, initialization, learn_zero_row, self.device)
+            previous = self.quantizers().get(dim)
+            if previous is not None:
+                quantizer.load_from(previous)
+            quantizers[_key(dim)] = quantizer
+        self._enter(Phase.RETRAIN, quantizers, initialization)
+
+    def _enter(self, phase: Phase, quantizers: Mapping[str, RowQuantizer], initialization: RowInitialization) -> None:
+        self.mpe = nn.ModuleDict(quantizers)
+        self.phase = phase
+        self.row_initialization = initialization
+        # Set here and not defined on the class: the plain phase keeps TorchRec's own forward, which TorchScript compiles.
+        self.forward = self.quantized_forward
+        self.reset_rows(initialization)
+
+    def reset_rows(self, initialization: RowInitialization) -> None:
+        """Write every row's initial value."""
+        for table in self.embedding_bag_configs():
+            initialization.fill_(self.embedding_bags[table.name].weight.data, table.name)
+
+    def reset_parameters(self) -> None:
+        """TorchRec's initialization, or a prepared phase's initial rows; quantizers keep their values."""
+        initialization = getattr(self, "row_initialization", None)
+        if initialization is None:
+            super().reset_parameters()
+        else:
+            self.reset_rows(initialization)
+
+    def quantizers(self) -> dict[int, RowQuantizer]:
+        """The quantizers by embedding dimension; empty in the plain phase."""
+        modules = self.mpe.values() if self.phase is not Phase.PLAIN else ()
+        return {q.embedding_dim: q for q in modules if isinstance(q, RowQuantizer)}
+
+    def quantized_forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up, quantize and pool: ``forward`` in a prepared phase.
+
+        Args:
+            features (KeyedJaggedTensor): bags of row ids, int32 or int64, for at least the tables' features.
+
+        Returns:
+            KeyedTensor: [B, sum of the features' embedding dimensions], float32.
+        """
+        features = maybe_td_to_kjt(features, None)
+        # Not KeyedJaggedTensor.to_dict, which fails on an empty batch.
+        number = {key: k for k, key in enumerate(features.keys())}
+        ids_per_key, bags_per_key = features.length_per_key(), features.stride_per_key()
+        ids = features.values().split(ids_per_key)
+        lengths = features.lengths().split(bags_per_key)
+        weights = features.weights().split(ids_per_key) if self.is_weighted() else None
+        pooled: dict[tuple[int, int], Tensor] = {}
+        for dim, quantizer in self.quantizers().items():
+            lookups = [
+                (t, f, table, number[feature])
+                for t, table in enumerate(self.embedding_bag_configs())
+                if table.embedding_dim == dim
+                for f, feature in enumerate(self._feature_names[t])
+            ]
+            keys = [k for *_, k in lookups]
+            stacked = quantize_and_pool(
+                quantizer,
+                [FeatureLookup(table.name, table.pooling == PoolingType.MEAN) for _, _, table, _ in lookups],
+                torch.cat([F.embedding(ids[k], self.embedding_bags[table.name].weight) for _, _, table, k in lookups]),
+                torch.cat([ids[k] for k in keys]),
+                torch.cat([lengths[k] for k in keys]),
+                [ids_per_key[k] for k in keys],
+                [bags_per_key[k] for k in keys],
+                None if weights is None else torch.cat([weights[k] for k in keys]),
+            )
+            parts = stacked.split([bags_per_key[k] for k in keys])
+            pooled.update({(t, f): part for (t, f, _, _), part in zip(lookups, parts, strict=True)})
+        inverse_indices = reorder_inverse_indices(
+            features.inverse_indices_or_none(), [name for names in self._feature_names for name in names]
+        )
+        ordered = [pooled[t, f].float() for t, names in enumerate(self._feature_names) for f in range(len(names))]
+        return KeyedTensor(
+            keys=self._embedding_names,
+            values=process_pooled_embeddings(ordered, inverse_indices),
+            length_per_key=self._lengths_per_embedding,
+        )
+
+    def _tables_by_dim(self) -> dict[int, list[EmbeddingBagConfig]]:
+        tables: dict[int, list[EmbeddingBagConfig]] = {}
+        for table in self.embedding_bag_configs():
+            tables.setdefault(table.embedding_dim, []).append(table)
+        return tables
+
+    def _refuse_unsupported(self) -> None:
+        for table in self.embedding_bag_configs():
+            if self.is_weighted() and table.pooling == PoolingType.MEAN:
+                raise ValueError(
+                    f"table {table.name} (features {', '.join(table.feature_names)}) has mean pooling in a weighted "
+                    "collection: TorchRec divides by the count or by the weights' sum depending on the sharding; use "
+                    "sum pooling with weights already divided"
+                )
+            if table.data_type != DataType.FP32:
+                raise ValueError(
+                    f"table {table.name} has data type {table.data_type.value}: rows are trained in FP32 and packed "
+                    "to their bit-widths afterwards"
+                )
+
+
+def _key(dim: int) -> str:
+    return f"dim_{dim}"
+
+
+def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups:
+    num_groups = config.num_groups or _DEFAULT_GROUPS[config.grouping]
+    return (log_rank_groups if config.grouping == "log_rank" else equal_groups)(counts, num_groups)
+
+
+def _widths_of(table: EmbeddingBagConfig, widths: Mapping[str, TableBitWidths]) -> TableBitWidths:
+    if table.name not in widths:
+        raise KeyError(f"the precision plan has no bit-widths for table {table.name}")
+    found = widths[table.name]
+    if (found.num_embeddings, found.embedding_dim) != (table.num_embeddings, table.embedding_dim):
+        raise ValueError(
+            f"table {table.name} is {table.num_embeddings} x {table.embedding_dim}, in the precision plan it is "
+            f"{found.num_embeddings} x {found.embedding_dim}"
+        )
+    return found

@@ -1,0 +1,6 @@
+"""Ops with one definition and several backends; they know tensors only."""
+
+from torchrec_mpe.ops.backends import available_backends, use_backend
+from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
+
+__all__ = ["available_backends", "expected_quantization", "fixed_quantization", "use_backend"]

@@ -1,0 +1,207 @@
+"""Bytes of packed tables by kind: every byte is counted, none estimated."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
+from torchrec_mpe.packing.layout import END_PADDING, TableLayout, lay_out
+from torchrec_mpe.packing.packed_tables import PackedTables
+
+_FP32 = 4
+_INT32 = 4
+_INT64 = 8
+_RUN_BYTES = 16 + _INT32  # record and start
+_TABLE_DIRECTORY_BYTES = _INT32 + _INT32 + _INT64  # run_offsets, rows_per_table, remap_offsets
+
+
+class _Bytes:
+    """What follows from the bytes by kind; shared by a table and a collection."""
+
+    payload: int
+    directory: int
+    scales: int
+    zero_rows: int
+    padding: int
+    fp32_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.payload + self.directory + self.scales + self.zero_rows + self.padding
+
+    @property
+    def compression_ratio(self) -> float:
+        """fp32 bytes over all bytes."""
+        return self.fp32_bytes / self.total
+
+    def to_dict(self) -> dict[str, float]:
+        """Bytes by kind, total, fp32_bytes and compression_ratio, for JSON."""
+        kinds = {kind: getattr(self, kind) for kind in ("payload", "directory", "scales", "zero_rows", "padding")}
+        return {
+            **kinds,
+            "total": self.total,
+            "fp32_bytes": self.fp32_bytes,
+            "compression_ratio": round(self.compression_ratio, 4),
+        }
+
+
+@dataclass(frozen=True)
+class TableSize(_Bytes):
+    """Bytes of one table. What tables share is counted with the first that uses it, the end padding with the last.
+
+    Attributes:
+        name (str): table.
+        num_embeddings (int): rows.
+        embedding_dim (int): elements of a row.
+        rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
+        payload (int): packed rows, dims padded to a multiple of 8 included.
+        directory (int): run records and starts, remap, per-table offsets.
+        scales (int): alpha, beta and their indices.
+        zero_rows (int): the vector of 0-bit rows and its offset.
+        padding (int): alignment before runs and at the payload's end.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    rows_per_width: tuple[int, ...]
+    payload: int
+    directory: int
+    scales: int
+    zero_rows: int
+    padding: int
+
+    @property
+    def fp32_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of the fp32 table, ``num_embeddings * embedding_dim * 4``."""
+        return self.num_embeddings * self.embedding_dim * _FP32
+
+
+@dataclass(frozen=True)
+class SizeReport(_Bytes):
+    """Bytes of a collection of packed tables, per table and overall (same attributes, summed).
+
+    Example::
+
+        >>> report = packed_bytes({"t": TableBitWidths(1000, 16, (0, 100, 1000), (4, 0))})
+        >>> report.payload, report.total, round(report.compression_ratio, 1)
+        (800, 1096, 58.4)
+    """
+
+    tables: tuple[TableSize, ...]
+
+    @property
+    def payload(self) -> int:  # type: ignore[override]
+        return sum(table.payload for table in self.tables)
+
+    @property
+    def directory(self) -> int:  # type: ignore[override]
+        return sum(table.directory for table in self.tables)
+
+    @property
+    def scales(self) -> int:  # type: ignore[override]
+        return sum(table.scales for table in self.tables)
+
+    @property
+    def zero_rows(self) -> int:  # type: ignore[override]
+        return sum(table.zero_rows for table in self.tables)
+
+    @property
+    def padding(self) -> int:  # type: ignore[override]
+        return sum(table.padding for table in self.tables)
+
+    @property
+    def fp32_bytes(self) -> int:  # type: ignore[override]
+        return sum(table.fp32_bytes for table in self.tables)
+
+    def __str__(self) -> str:
+        head = ("table", "rows", "dim", "payload", "directory", "scales", "zero_rows", "padding", "total", "ratio")
+        lines: list[tuple[str, ...]] = [head]
+        for table in self.tables:
+            lines.append((table.name, str(table.num_embeddings), str(table.embedding_dim), *_columns(table)))
+        lines.append(("all", str(sum(table.num_embeddings for table in self.tables)), "", *_columns(self)))
+        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if k == 0 else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+
+
+def packed_bytes(
+    tables: Mapping[str, TableBitWidths], *, shared_scales: bool = True, learned_zero_rows: bool = True
+) -> SizeReport:
+    """The exact size of tables packed at these widths, without packing them; work is per run, not per row.
+
+    Args:
+        tables (Mapping[str, TableBitWidths]): table names, in the collection's order, to widths.
+        shared_scales (bool): tables of one embedding dimension come with equal alpha and beta, stored once. False:
+            every table has its own.
+        learned_zero_rows (bool): a table with 0-bit rows stores the vector that they read. False: they read zeros.
+
+    Returns:
+        SizeReport: equal to :func:`size_report` of the packed tables.
+    """
+    layout = lay_out(tables)
+    dims = [table.embedding_dim for table in layout.tables]
+    sets = [dims.index(dim) for dim in dims] if shared_scales else list(range(len(dims)))
+    stored = [learned_zero_rows and table.has_zero_bits for table in layout.tables]
+    return _report(layout.tables, layout.payload_bytes, sets, stored)
+
+
+def size_report(packed: PackedTables) -> SizeReport:
+    """The size of packed tables, read from their tensors.
+
+    Raises:
+        ValueError: if the tensors hold bytes that no table accounts for.
+    """
+    stored = [offset >= 0 for offset in packed.zero_row_offsets.tolist()]
+    report = _report(packed.layouts(), packed.payload.numel(), packed.scale_index.tolist(), stored)
+    if report.total != packed.nbytes:
+        raise ValueError(f"the tables account for {report.total} bytes, their tensors hold {packed.nbytes}")
+    return report
+
+
+def _report(
+    layouts: Sequence[TableLayout], payload_bytes: int, scale_sets: Sequence[int], zero_row: Sequence[bool]
+) -> SizeReport:
+    sizes: list[TableSize] = []
+    end = 0
+    for t, table in enumerate(layouts):
+        payload = padding = 0
+        for run in table.runs:
+            if run.bits:
+                padding += run.base - end
+                payload += run.rows * run.row_bytes
+                end = run.end
+        if t == len(layouts) - 1:
+            padding += payload_bytes - end
+        directory = len(table.runs) * _RUN_BYTES + _TABLE_DIRECTORY_BYTES
+        directory += table.num_embeddings * _INT32 if table.remapped else 0
+        directory += _INT32 if t == 0 else 0  # run_offsets has T + 1 entries
+        scales = _INT32
+        if scale_sets[t] not in scale_sets[:t]:
+            scales += (MAX_BITS + 1 + table.embedding_dim) * _FP32 + _INT32
+        zero_rows = _INT32 + (table.embedding_dim * _FP32 if zero_row[t] else 0)
+        sizes.append(
+            TableSize(
+                table.name,
+                table.num_embeddings,
+                table.embedding_dim,
+                tuple(table.rows_per_width()),
+                payload,
+                directory,
+                scales,
+                zero_rows,
+                padding,
+            )
+        )
+    assert sizes or payload_bytes == END_PADDING
+    return SizeReport(tuple(sizes))
+
+
+def _columns(size: _Bytes) -> tuple[str, ...]:
+    numbers = (size.payload, size.directory, size.scales, size.zero_rows, size.padding, size.total)
+    return (*(str(number) for number in numbers), f"{size.compression_ratio:.1f}x")

@@ -1,0 +1,247 @@
+"""Precision plans straight from frequencies, without a search: the rivals that a search must beat."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.initialization import RowInitialization
+from torchrec_mpe.packing import packed_bytes
+from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.quantizer.search_config import ZeroRow
+
+_RULE_MAX_BITS = 6
+
+
+class _RankedTables:
+    """Each table's counts in order of frequency, and plans cut from them."""
+
+    def __init__(
+        self,
+        counts: Mapping[str, Tensor],
+        tables: Sequence[EmbeddingBagConfig],
+        initialization: RowInitialization | None,
+        zero_row: ZeroRow,
+    ) -> None:
+        self.tables = tables
+        self.initialization = initialization or RowInitialization()
+        self.zero_row: ZeroRow = zero_row
+        self.ranks: dict[str, Tensor | None] = {}
+        self.counts: dict[str, Tensor] = {}
+        for table in tables:
+            table_counts = counts[table.name].cpu()
+            if len(table_counts) != table.num_embeddings:
+                raise ValueError(f"table {table.name} has {table.num_embeddings} rows, its counts {len(table_counts)}")
+            self.ranks[table.name] = frequency_ranks(table_counts)
+            self.counts[table.name] = counts_by_rank(table_counts, self.ranks[table.name])
+        self.digest = counts_sha256({t.name: counts[t.name] for t in tables})
+
+    def widths(self, segments: Callable[[str], tuple[list[int], list[int]]]) -> dict[str, TableBitWidths]:
+        """Bit-widths from a function of the table's name that gives bounds and bits."""
+        widths: dict[str, TableBitWidths] = {}
+        for table in self.tables:
+            bounds, bits = segments(table.name)
+            widths[table.name] = TableBitWidths(
+                table.num_embeddings, table.embedding_dim, tuple(bounds), tuple(bits), self.ranks[table.name]
+            )
+        return widths
+
+    def plan(
+        self, widths: Mapping[str, TableBitWidths], candidate_bits: tuple[int, ...], method: str, **settings: Any
+    ) -> PrecisionPlan:
+        provenance = {"method": method, **settings, "counts_sha256": self.digest}
+        return PrecisionPlan(widths, candidate_bits, self.zero_row, self.initialization, provenance)
+
+
+def uniform_precision(
+    tables: Sequence[EmbeddingBagConfig], bits: int, *, initialization: RowInitialization | None = None
+) -> PrecisionPlan:
+    """Every row of every table at the same bit-width, 1 to 8.
+
+    Args:
+        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        bits (int): the bit-width.
+        initialization (Optional[RowInitialization]): of the rows.
+    """
+    widths = {t.name: TableBitWidths(t.num_embeddings, t.embedding_dim, (0, t.num_embeddings), (bits,)) for t in tables}
+    provenance = {"method": "uniform", "bits": bits}
+    return PrecisionPlan(widths, (bits,), "zero", initialization or RowInitialization(), provenance)
+
+
+def cut_precision(
+    counts: Mapping[str, Tensor],
+    tables: Sequence[EmbeddingBagConfig],
+    bits: int,
+    fraction: float,
+    *,
+    initialization: RowInitialization | None = None,
+    zero_row: ZeroRow = "learned",
+) -> PrecisionPlan:
+    """The most frequent ``fraction`` of all tables' rows at one bit-width, the others at none.
+
+    Args:
+        counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
+        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        bits (int): the bit-width of the kept rows, 1 to 8.
+        fraction (float): in (0, 1]; at least one row is kept.
+        initialization (Optional[RowInitialization]): of the rows.
+        zero_row (str): "learned" or "zero".
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the fraction of rows to keep must lie in (0, 1], got {fraction}")
+    ranked = _RankedTables(counts, tables, initialization, zero_row)
+    every_count = torch.cat([ranked.counts[t.name] for t in tables])
+    keep = max(1, round(fraction * len(every_count)))
+    kept = torch.zeros(len(every_count), dtype=torch.bool)
+    kept[torch.argsort(every_count, descending=True, stable=True)[:keep]] = True
+    rows = dict(
+        zip(ranked.counts, (int(k.sum()) for k in kept.split([len(c) for c in ranked.counts.values()])), strict=True)
+    )
+    widths = ranked.widths(lambda name: _head_and_tail(rows[name], len(ranked.counts[name]), bits))
+    return ranked.plan(widths, (0, bits), "cut", bits=bits, fraction=fraction)
+
+
+def _head_and_tail(head: int, rows: int, bits: int) -> tuple[list[int], list[int]]:
+    if head in (0, rows):
+        return [0, rows], [bits if head else 0]
+    return [0, head, rows], [bits, 0]
+
+
+def precision_from_frequencies(
+    counts: Mapping[str, Tensor],
+    tables: Sequence[EmbeddingBagConfig],
+    *,
+    ratio: float | None = None,
+    bytes: int | None = None,
+    initialization: RowInitialization | None = None,
+    zero_row: ZeroRow = "learned",
+) -> PrecisionPlan:
+    """One more bit per fourfold count: ``b = clip(round(log2(count / c0) / 2), 0, 6)``, no bits for unseen rows.
+
+    The cutoff c0 is bisected until the packed tables' real bytes (payload, directories, scales, padding) meet the
+    target. Where many rows share the count at which the target is crossed, only some of them, in the fixed order of
+    their ranks, get the wider width, so that the target is met closely.
+
+    Args:
+        counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
+        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        ratio (Optional[float]): target compression against FP32 rows, for example 100; give this or ``bytes``.
+        bytes (Optional[int]): target bytes of all packed tables.
+        initialization (Optional[RowInitialization]): of the rows.
+        zero_row (str): "learned" or "zero".
+
+    Returns:
+        PrecisionPlan: within 1% of the target.
+
+    Raises:
+        ValueError: if no cutoff comes within 1% of the target; the message says what can be reached.
+
+    Example::
+
+        plan = precision_from_frequencies(counts, ebc.embedding_bag_configs(), ratio=100)
+        prepare_retrain_(model, plan)
+    """
+    if (ratio is None) == (bytes is None):
+        raise ValueError("give either ratio or bytes")
+    ranked = _RankedTables(counts, tables, initialization, zero_row)
+    fp32_bytes = sum(4 * t.num_embeddings * t.embedding_dim for t in tables)
+    target = bytes if bytes is not None else fp32_bytes / (ratio or 1)
+
+    def size(offset: float) -> int:
+        return packed_bytes(ranked.widths(lambda name: _rule_segments(ranked.counts[name], offset))).total
+
+    low, high = _offset_range(ranked.counts.values())
+    for _ in range(60):
+        middle = (low + high) / 2
+        if size(middle) > target:
+            high = middle
+        else:
+            low = middle
+    # All the rows of one count change width at one offset: between low and high the bytes can jump over the target.
+    widths = ranked.widths(lambda name: _rule_segments(ranked.counts[name], low))
+    wider = ranked.widths(lambda name: _rule_segments(ranked.counts[name], high))
+    widths = _between(ranked, widths, wider, target)
+    reached = packed_bytes(widths).total
+    if abs(reached - target) > 0.01 * target:
+        smallest, largest = (
+            size(_offset_range(ranked.counts.values())[0]),
+            size(_offset_range(ranked.counts.values())[1]),
+        )
+        raise ValueError(
+            f"no plan comes within 1% of {target:,.0f} bytes ({fp32_bytes / target:.1f}x): the closest has {reached:,} "
+            f"({fp32_bytes / reached:.1f}x), and the rule reaches from {smallest:,} to {largest:,} bytes "
+            f"({fp32_bytes / largest:.1f}x to {fp32_bytes / smallest:.1f}x)"
+        )
+    bits = tuple(range(_RULE_MAX_BITS + 1))
+    return ranked.plan(widths, bits, "frequency rule", ratio=ratio, bytes=bytes, reached_bytes=reached)
+
+
+def _offset_range(counts: Any) -> tuple[float, float]:
+    """Offsets at which every row has no bits, and every seen row all bits."""
+    most = max(int(c.max()) for c in counts)
+    return -math.log2(max(most, 1)) / 2 - 1, float(_RULE_MAX_BITS + 1)
+
+
+def _rule_segments(counts: Tensor, offset: float) -> tuple[list[int], list[int]]:
+    """Bounds and bits for never increasing counts: ``round(log2(count) / 2 + offset)``, offset being -log2(c0) / 2."""
+    # Width w or more from the count at which log2(count) / 2 + offset reaches w - 1/2.
+    thresholds = [2.0 ** (2 * (w - 0.5 - offset)) for w in range(_RULE_MAX_BITS, 0, -1)]
+    ascending = -counts.double()
+    ends = torch.searchsorted(ascending, -torch.tensor(thresholds, dtype=torch.float64), right=True).tolist()
+    seen = int((counts > 0).sum())
+    bounds, bits = [0], []
+    for width, end in zip(range(_RULE_MAX_BITS, -1, -1), [*(min(e, seen) for e in ends), len(counts)], strict=True):
+        if end > bounds[-1]:
+            bounds.append(end)
+            bits.append(width)
+    return bounds, bits
+
+
+def _between(
+    ranked: _RankedTables, narrow: Mapping[str, TableBitWidths], wide: Mapping[str, TableBitWidths], target: float
+) -> dict[str, TableBitWidths]:
+    """Widen the first rows of each changing segment, the same share everywhere, as far as the target allows."""
+
+    def mixed(share: float) -> dict[str, TableBitWidths]:
+        return ranked.widths(lambda name: _mix(narrow[name], wide[name], share))
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if packed_bytes(mixed(middle)).total > target:
+            high = middle
+        else:
+            low = middle
+    return mixed(low)
+
+
+def _mix(narrow: TableBitWidths, wide: TableBitWidths, share: float) -> tuple[list[int], list[int]]:
+    """Segments of ``narrow``, of whose rows the first ``share`` that ``wide`` widens are widened."""
+    cuts = sorted({*narrow.bounds, *wide.bounds})
+    bounds: list[int] = [0]
+    bits: list[int] = []
+
+    def extend(end: int, width: int) -> None:
+        if end <= bounds[-1]:
+            return
+        if bits and bits[-1] == width:
+            bounds[-1] = end
+        else:
+            bounds.append(end)
+            bits.append(width)
+
+    for first, last in pairwise(cuts):
+        lower, upper = _width_at(narrow, first), _width_at(wide, first)
+        extend(first + round(share * (last - first)) if lower != upper else first, upper)
+        extend(last, lower)
+    return bounds, bits
+
+
+def _width_at(widths: TableBitWidths, rank: int) -> int:
+    return next(b for end, b in zip(widths.bounds[1:], widths.bits, strict=True) if rank < end)

@@ -1,0 +1,228 @@
+"""PrecisionPlan: the bit-width of every row of every table, as a file that people can read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from torchrec_mpe.atomic import atomic_file
+from torchrec_mpe.bit_widths import TableBitWidths, check_candidate_bits
+from torchrec_mpe.initialization import RowInitialization
+from torchrec_mpe.packing import SizeReport, packed_bytes
+from torchrec_mpe.quantizer.search_config import ZeroRow
+from torchrec_mpe.versions import installed_versions
+
+_FORMAT = "torchrec_mpe.precision_plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Bit-widths of all tables, with what retraining needs besides them.
+
+    Attributes:
+        tables (Mapping[str, TableBitWidths]): widths per table name.
+        candidate_bits (tuple[int, ...]): the widths that were open to choice.
+        zero_row (str): "learned" or "zero", what a 0-bit row reads.
+        initialization (RowInitialization): the rows' initial values, to which retraining returns.
+        provenance (Mapping[str, Any]): how the plan was made, JSON values: method, settings, digest of the counts,
+            library versions.
+
+    Example::
+
+        plan = sample_precision(model)
+        plan.save("plan.json")
+        print(PrecisionPlan.load("plan.json").summary())
+    """
+
+    tables: Mapping[str, TableBitWidths]
+    candidate_bits: tuple[int, ...]
+    zero_row: ZeroRow = "learned"
+    initialization: RowInitialization = field(default_factory=RowInitialization)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_candidate_bits(self.candidate_bits)
+        if self.zero_row not in ("learned", "zero"):
+            raise ValueError(f"zero_row must be 'learned' or 'zero', got {self.zero_row!r}")
+        for name, table in self.tables.items():
+            if not set(table.bits) <= set(self.candidate_bits):
+                raise ValueError(
+                    f"table {name} has bit-widths {sorted(set(table.bits))}, candidates are {self.candidate_bits}"
+                )
+
+    @property
+    def average_bits(self) -> float:
+        """Mean bit-width over all elements of all tables, without directories, scales and padding."""
+        elements = {name: t.num_embeddings * t.embedding_dim for name, t in self.tables.items()}
+        return sum(t.average_bits * elements[name] for name, t in self.tables.items()) / sum(elements.values())
+
+    def size_report(self) -> SizeReport:
+        """The exact bytes of the packed tables that this plan leads to."""
+        return packed_bytes(self.tables, learned_zero_rows=self.zero_row == "learned")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` (JSON) and, if some table's ids are not frequency ranks, ``<path>.ranks.safetensors``."""
+        ranks = {name: t.ranks for name, t in self.tables.items() if t.ranks is not None}
+        document: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "average_bits": round(self.average_bits, 6),
+            "candidate_bits": list(self.candidate_bits),
+            "zero_row": self.zero_row,
+            "initialization": {"seed": self.initialization.seed, "std": self.initialization.std},
+            "tables": {
+                name: {
+                    "num_embeddings": t.num_embeddings,
+                    "embedding_dim": t.embedding_dim,
+                    "rows": "ranked" if t.ranks is None else "mapped",
+                    "bounds": list(t.bounds),
+                    "bits": list(t.bits),
+                }
+                for name, t in self.tables.items()
+            },
+            "provenance": {**self.provenance, "versions": installed_versions()},
+        }
+        if ranks:
+            sidecar = _ranks_path(path)
+            with atomic_file(sidecar) as temporary:
+                save_file(ranks, temporary)
+            document["ranks_sha256"] = _sha256(sidecar)
+        with atomic_file(path) as temporary:
+            temporary.write_text(_readable_json(document))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PrecisionPlan":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is no precision plan, of another version, incomplete, or has unknown entries.
+            FileNotFoundError: if it, or the file of ranks that it needs, is missing.
+        """
+        try:
+            document = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a precision plan: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a precision plan")
+        if document.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} is a precision plan of version {document.get('version')}, this release reads {_VERSION}"
+            )
+        try:
+            return _from_document(document, path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid precision plan: {error}") from error
+
+    def summary(self) -> str:
+        """A table for people: rows of each width per table, average bits, packed bytes and compression."""
+        report = self.size_report()
+        sizes = {size.name: size for size in report.tables}
+        widths = sorted({b for t in self.tables.values() for b in t.bits})
+        header = ["table", "rows", "dim", *(f"{b}-bit" for b in widths), "avg bits", "bytes", "ratio"]
+        lines = [header]
+        for name, t in self.tables.items():
+            rows = t.rows_per_width()
+            size = sizes[name]
+            lines.append(
+                [
+                    name,
+                    f"{t.num_embeddings:,}",
+                    str(t.embedding_dim),
+                    *(f"{rows[b]:,}" for b in widths),
+                    f"{t.average_bits:.3f}",
+                    f"{size.total:,}",
+                    f"{size.compression_ratio:.1f}x",
+                ]
+            )
+        total_rows = sum(t.num_embeddings for t in self.tables.values())
+        per_width = [sum(t.rows_per_width()[b] for t in self.tables.values()) for b in widths]
+        lines.append(
+            [
+                "all",
+                f"{total_rows:,}",
+                "",
+                *(f"{n:,}" for n in per_width),
+                f"{self.average_bits:.3f}",
+                f"{report.total:,}",
+                f"{report.compression_ratio:.1f}x",
+            ]
+        )
+        columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if k == 0 else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(line, columns, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def _ranks_path(path: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(path)}.ranks.safetensors")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _readable_json(document: Mapping[str, Any]) -> str:
+    """Indented JSON with each list on one line, so that bounds and bits can be read side by side."""
+    lists: list[str] = []
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, list):
+            lists.append(json.dumps(value))
+            return f"@list{len(lists) - 1}@"
+        return {k: shorten(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    text = json.dumps(shorten(dict(document)), indent=2)
+    for k, line in enumerate(lists):
+        text = text.replace(f'"@list{k}@"', line, 1)
+    return text + "\n"
+
+
+def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) -> PrecisionPlan:
+    known = {
+        "format", "version", "average_bits", "candidate_bits", "zero_row", "initialization", "tables", "provenance",
+        "ranks_sha256",
+    }  # fmt: skip
+    if unknown := set(document) - known:
+        raise ValueError(f"unknown entries {sorted(unknown)}")
+    ranks: Mapping[str, Tensor] = {}
+    if "ranks_sha256" in document:
+        sidecar = _ranks_path(path)
+        if not sidecar.exists():
+            raise FileNotFoundError(f"{path} needs {sidecar.name} beside it, the frequency rank of every row")
+        if _sha256(sidecar) != document["ranks_sha256"]:
+            raise ValueError(f"{sidecar} does not belong to it: the digest differs")
+        try:
+            ranks = load_file(sidecar)
+        except SafetensorError as error:
+            raise ValueError(f"{sidecar} cannot be read: {error}") from error
+    tables: dict[str, TableBitWidths] = {}
+    for name, entry in document["tables"].items():
+        if entry["rows"] not in ("ranked", "mapped"):
+            raise ValueError(f"table {name} has rows {entry['rows']!r}, not 'ranked' or 'mapped'")
+        tables[name] = TableBitWidths(
+            entry["num_embeddings"],
+            entry["embedding_dim"],
+            tuple(entry["bounds"]),
+            tuple(entry["bits"]),
+            ranks[name] if entry["rows"] == "mapped" else None,
+        )
+    initialization = RowInitialization(document["initialization"]["seed"], document["initialization"]["std"])
+    return PrecisionPlan(
+        tables, tuple(document["candidate_bits"]), document["zero_row"], initialization, document["provenance"]
+    )

@@ -1,0 +1,237 @@
+"""The learned LSQ+ quantizers that the tables of one embedding dimension share."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths, check_candidate_bits
+from torchrec_mpe.frequency.groups import FeatureGroups
+from torchrec_mpe.initialization import RowInitialization
+from torchrec_mpe.ops import expected_quantization, fixed_quantization
+from torchrec_mpe.quantizer.search_config import SearchConfig
+
+_MIN_STEP_SIZE = 1e-10
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """``value``, whose gradient is multiplied by ``factor``."""
+    if factor == 1:
+        return value
+    result: Tensor = _ScaleGradient.apply(value, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+class RowQuantizer(nn.Module):
+    """Step sizes, offset and 0-bit vectors of the tables of one embedding dimension D.
+
+    The rows of the tables are numbered through, table after table: row ``r`` of table ``t`` is ``first_row[t] + r``.
+
+    Args:
+        num_embeddings (Mapping[str, int]): rows of each table, in order.
+        embedding_dim (int): D.
+        candidate_bits (Sequence[int]): the m bit-widths that a row can have, increasing, each 0 to 8.
+        initialization (RowInitialization): of the rows; step sizes start at ``2 * mean|row| / sqrt(2**(b-1))``.
+        learn_zero_row (bool): a 0-bit row reads a learned vector of its table instead of zero.
+        device (Optional[torch.device]): device of the parameters; the meta device is taken as CPU.
+
+    Parameters:
+        alpha (Tensor): float32 [m], used as ``|alpha| + 1e-10``; the entry of bit-width 0 is never read.
+        beta (Tensor): float32 [D], starts at 0.
+        zero_rows (Tensor): float32 [tables, D], starts at 0; None without ``learn_zero_row``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: Mapping[str, int],
+        embedding_dim: int,
+        candidate_bits: Sequence[int],
+        initialization: RowInitialization,
+        learn_zero_row: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.candidate_bits: tuple[int, ...] = check_candidate_bits(candidate_bits)
+        self.embedding_dim = embedding_dim
+        self.table_number: dict[str, int] = {table: t for t, table in enumerate(num_embeddings)}
+        self.first_row: dict[str, int] = {}
+        self.num_rows = 0
+        for table, rows in num_embeddings.items():
+            self.first_row[table] = self.num_rows
+            self.num_rows += rows
+        if device is not None and device.type == "meta":
+            device = None  # learned values cannot live there: materializing the model would lose them
+        half_codes = [2.0 ** (b - 1) if b else 1.0 for b in self.candidate_bits]
+        step_sizes = [2 * initialization.mean_absolute_value / math.sqrt(h) for h in half_codes]
+        self.alpha = nn.Parameter(torch.tensor(step_sizes, device=device))
+        self.beta = nn.Parameter(torch.zeros(embedding_dim, device=device))
+        self.zero_rows: nn.Parameter | None = None
+        if learn_zero_row and 0 in self.candidate_bits:
+            self.zero_rows = nn.Parameter(torch.zeros(len(num_embeddings), embedding_dim, device=device))
+        numel = self.num_rows * embedding_dim
+        self._gradient_scale = [1 / math.sqrt(h * numel) for h in half_codes]
+
+    def step_sizes(self) -> Tensor:
+        """The positive step size of each candidate bit-width, [m]."""
+        return self.alpha.abs() + _MIN_STEP_SIZE
+
+    def step_size_of_width(self) -> Tensor:
+        """Step sizes by bit-width, float32 [9], 0 where the width is no candidate and for width 0; detached."""
+        by_width = torch.zeros(MAX_BITS + 1, dtype=self.alpha.dtype, device=self.alpha.device)
+        for bits, step in zip(self.candidate_bits, self.step_sizes().detach(), strict=True):
+            if bits:
+                by_width[bits] = step
+        return by_width
+
+    def zero_row(self, table: str) -> Tensor:
+        """What the 0-bit rows of a table read, [D], detached."""
+        if self.zero_rows is None:
+            return torch.zeros_like(self.beta.detach())
+        return self.zero_rows.detach()[self.table_number[table]]
+
+    def _shared(
+        self, rows: Tensor, table: Tensor, columns: slice, gradient_factor: float
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Alpha, beta, zero rows, table numbers and gradient scale as the ops take them, in the dtype of ``rows``."""
+        alpha = scale_gradient(self.step_sizes(), gradient_factor).to(rows.dtype)
+        beta = scale_gradient(self.beta[columns], gradient_factor).to(rows.dtype)
+        scale = torch.tensor(self._gradient_scale, dtype=rows.dtype, device=rows.device)
+        if self.zero_rows is None:
+            return alpha, beta, None, None, scale
+        zero_rows = scale_gradient(self.zero_rows[:, columns], gradient_factor).to(rows.dtype)
+        return alpha, beta, zero_rows, table, scale
+
+    def forward(
+        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
+    ) -> Tensor:
+        """Quantize looked-up rows.
+
+        Args:
+            rows (Tensor): [N, local D] values, float32 or float64.
+            row (Tensor): int64 [N], each row's number, counted through the tables.
+            table (Tensor): int64 [N], each row's table number.
+            columns (slice): the columns that ``rows`` holds, all by default.
+            gradient_factor (float): multiplies the gradients of this module's parameters, not those of ``rows``.
+
+        Returns:
+            Tensor: [N, local D].
+        """
+        raise NotImplementedError
+
+
+class SearchQuantizer(RowQuantizer):
+    """A :class:`RowQuantizer` that learns a probability per feature group and candidate bit-width.
+
+    Args:
+        groups (FeatureGroups): the groups of the tables.
+        config (SearchConfig): candidate bit-widths, temperature and the rest.
+        num_embeddings, embedding_dim, device: as :class:`RowQuantizer`.
+
+    Parameters:
+        gamma (Tensor): float32 [G, m], starts at 0.
+
+    Buffers:
+        row_group (Tensor): int16 or int32 [rows of all tables], each row's feature group.
+    """
+
+    row_group: Tensor
+
+    def __init__(
+        self,
+        groups: FeatureGroups,
+        num_embeddings: Mapping[str, int],
+        embedding_dim: int,
+        config: SearchConfig,
+        device: torch.device | None = None,
+    ) -> None:
+        learn_zero_row = config.zero_row == "learned"
+        super().__init__(
+            num_embeddings, embedding_dim, config.candidate_bits, config.initialization, learn_zero_row, device
+        )
+        self.config = config
+        self.groups = groups
+        self.gamma = nn.Parameter(torch.zeros(groups.num_groups, len(self.candidate_bits), device=self.alpha.device))
+        row_group = torch.cat([groups.group_of_rows(table) for table in num_embeddings])
+        self.register_buffer("row_group", row_group.to(self.alpha.device))
+
+    def probabilities(self) -> Tensor:
+        """``softmax(gamma / temperature)``, [G, m]."""
+        return torch.softmax(self.gamma / self.config.temperature, dim=1)
+
+    def expected_bits(self) -> Tensor:
+        """Expected bit-width of each group, [G]."""
+        bits = torch.tensor(self.candidate_bits, dtype=self.gamma.dtype, device=self.gamma.device)
+        return self.probabilities() @ bits
+
+    def forward(
+        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
+    ) -> Tensor:
+        alpha, beta, zero_rows, table_number, scale = self._shared(rows, table, columns, gradient_factor)
+        probabilities = scale_gradient(self.probabilities(), gradient_factor).to(rows.dtype)
+        return expected_quantization(
+            rows, probabilities, self.row_group[row], alpha, beta, zero_rows, table_number, self.candidate_bits, scale
+        )
+
+
+class RetrainQuantizer(RowQuantizer):
+    """A :class:`RowQuantizer` with one fixed bit-width per row.
+
+    Args:
+        widths (Mapping[str, TableBitWidths]): the bit-widths of each table, in order.
+        embedding_dim, candidate_bits, initialization, learn_zero_row, device: as :class:`RowQuantizer`.
+
+    Buffers:
+        row_candidate (Tensor): uint8 [rows of all tables], the index into ``candidate_bits`` of each row's width.
+    """
+
+    row_candidate: Tensor
+
+    def __init__(
+        self,
+        widths: Mapping[str, TableBitWidths],
+        embedding_dim: int,
+        candidate_bits: Sequence[int],
+        initialization: RowInitialization,
+        learn_zero_row: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        num_embeddings = {table: w.num_embeddings for table, w in widths.items()}
+        super().__init__(num_embeddings, embedding_dim, candidate_bits, initialization, learn_zero_row, device)
+        self.widths = dict(widths)
+        candidate_of_width = torch.full((MAX_BITS + 1,), 255, dtype=torch.uint8)
+        candidate_of_width[list(self.candidate_bits)] = torch.arange(len(self.candidate_bits), dtype=torch.uint8)
+        row_candidate = torch.cat([candidate_of_width[w.of_rows().long()] for w in widths.values()])
+        if bool((row_candidate == 255).any()):
+            raise ValueError(f"a row's bit-width is not among the candidates {self.candidate_bits}")
+        self.register_buffer("row_candidate", row_candidate.to(self.alpha.device))
+
+    def load_from(self, other: RowQuantizer) -> None:
+        """Take over alpha, beta and the 0-bit vectors of another quantizer of the same tables."""
+        with torch.no_grad():
+            for k, bits in enumerate(self.candidate_bits):
+                if bits in other.candidate_bits:
+                    self.alpha[k] = other.alpha[other.candidate_bits.index(bits)]
+            self.beta.copy_(other.beta)
+            if self.zero_rows is not None and other.zero_rows is not None:
+                self.zero_rows.copy_(other.zero_rows)
+
+    def forward(
+        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
+    ) -> Tensor:
+        alpha, beta, zero_rows, table_number, scale = self._shared(rows, table, columns, gradient_factor)
+        return fixed_quantization(
+            rows, self.row_candidate[row], alpha, beta, zero_rows, table_number, self.candidate_bits, scale
+        )

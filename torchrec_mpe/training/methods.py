@@ -1,0 +1,230 @@
+"""The methods that `torchrec-mpe run` compares, each from a fresh model to an evaluated one."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_mpe.data import PreparedDataset
+from torchrec_mpe.errors import UserError
+from torchrec_mpe.inference.emit import emit_inference_model
+from torchrec_mpe.initialization import RowInitialization
+from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
+from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
+from torchrec_mpe.quantizer import SearchConfig
+from torchrec_mpe.search import sample_precision, search_quantizers
+from torchrec_mpe.training.loop import Curve, Hyperparameters, evaluate, predict, shard, train_phase
+from torchrec_mpe.training.model import ModelKind, build_model, table_configs
+
+# Largest difference of a logit between the retrained and the packed model: summation order in float32.
+_EMIT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to size embedding tables.
+
+    Attributes:
+        name (str): as given on the command line, "fp32", "uniform:6", "cut:4:0.1", "rule:60" or "mpe".
+        kind (str): the part before the first colon.
+        numbers (tuple[float, ...]): the parts after it.
+    """
+
+    name: str
+    kind: str
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> "Method":
+        """Read a method's name.
+
+        Raises:
+            UserError: if it is none of the known forms.
+        """
+        kind, *rest = name.split(":")
+        forms = {"fp32": 0, "uniform": 1, "cut": 2, "rule": 1, "mpe": 0}
+        try:
+            numbers = tuple(float(part) for part in rest)
+        except ValueError:
+            numbers = ()
+        if kind not in forms or len(rest) != forms[kind] or len(numbers) != len(rest):
+            raise UserError(f"method {name!r} is unknown: use fp32, uniform:BITS, cut:BITS:FRACTION, rule:RATIO or mpe")
+        if kind in ("uniform", "cut") and numbers[0] not in range(1, 9):
+            raise UserError(f"method {name!r} needs a bit-width from 1 to 8")
+        if kind == "cut" and not 0 < numbers[1] <= 1:
+            raise UserError(f"method {name!r} needs a fraction of rows above 0 and at most 1")
+        if kind == "rule" and not 1 < numbers[0] < float("inf"):
+            raise UserError(f"method {name!r} needs a compression ratio above 1")
+        return cls(name, kind, numbers)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings that all methods of a run share.
+
+    Attributes:
+        model (str): "dlrm" or "dnn".
+        embedding_dim (int): D.
+        epochs (int): passes over the training rows in each phase.
+        resets (int): how often the rows go back to their initial values; a run has ``resets + 1`` phases, the first of
+            "mpe" being the search.
+        search (SearchConfig): of "mpe".
+        hyperparameters (Hyperparameters): batch size and learning rates.
+        device (torch.device): where to train.
+        progress (bool): show progress bars.
+    """
+
+    model: ModelKind = "dnn"
+    embedding_dim: int = 16
+    epochs: int = 1
+    resets: int = 3
+    search: SearchConfig = field(default_factory=SearchConfig)
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: bool = True
+
+
+@dataclass
+class Outcome:
+    """What one method came to with one seed.
+
+    Attributes:
+        record (dict[str, Any]): method, seed, auc, logloss (test rows), average_bits, embedding_bytes, fp32_bytes,
+            compression_ratio and seconds.
+        curves (list[Curve]): one a phase.
+        plan (Optional[PrecisionPlan]): None for "fp32".
+        probabilities (Optional[Mapping]): per table, rank bounds and [groups, candidates], of "mpe".
+        model (nn.Module): the emitted model with packed rows, or the trained one for "fp32".
+    """
+
+    record: dict[str, Any]
+    curves: list[Curve]
+    plan: PrecisionPlan | None
+    probabilities: Mapping[str, tuple[tuple[int, ...], Tensor]] | None
+    model: nn.Module
+
+
+def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Outcome:
+    """Train, emit and evaluate one method.
+
+    Args:
+        method (Method): which.
+        data (PreparedDataset): training, validation and test rows.
+        job (Job): settings; its process group must be initialized.
+        seed (int): of the initial rows, the dense network and the rows' order.
+
+    Raises:
+        UserError: if the method's size cannot be reached on this data.
+        RuntimeError: if the emitted model does not predict what the retrained one does.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    initialization = RowInitialization(seed, job.search.initialization.std)
+    tables = table_configs(data, job.embedding_dim)
+    counts = {table.name: data.counts(table.feature_names[0]) for table in tables}
+    model = build_model(job.model, tables, len(data.dense_names), device=job.device)
+    plan: PrecisionPlan | None = None
+    if method.kind == "mpe":
+        prepare_search_(model, counts, replace(job.search, initialization=initialization))
+    elif method.kind != "fp32":
+        plan = _plan(method, tables, counts, initialization, job.search)
+        prepare_retrain_(model, plan)
+    dmp = shard(model, job.hyperparameters, job.device)
+    if method.kind == "fp32":
+        reset_rows_(dmp, initialization)
+    curves: list[Curve] = []
+    probabilities = None
+    for phase in range(job.resets + 1):
+        searching = method.kind == "mpe" and phase == 0
+        if phase == 1 and method.kind == "mpe":
+            probabilities = _probabilities(dmp)
+            plan = sample_precision(dmp)
+            prepare_retrain_(dmp, plan)
+        elif phase > 0:
+            reset_rows_(dmp, initialization)
+        name = "search" if searching else f"{'train' if method.kind == 'fp32' else 'retrain'} {phase + 1}"
+        curve = train_phase(
+            dmp,
+            data,
+            job.hyperparameters,
+            phase=f"{method.name} seed {seed}: {name} of {job.resets + 1}",
+            epochs=job.epochs,
+            seed=seed * 100 + phase,
+            penalize_bits=searching,
+            progress=job.progress,
+        )
+        curve.phase = name
+        curves.append(curve)
+    if method.kind == "mpe" and job.resets == 0:
+        raise UserError("method mpe needs at least one reset: the search is the first phase, retraining the others")
+    emitted, sizes = _finish(dmp, plan, data, job)
+    record = {
+        "method": method.name,
+        "seed": seed,
+        **evaluate(emitted, data, "test", job.device),
+        **sizes,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return Outcome(record, curves, plan, probabilities, emitted)
+
+
+def _plan(
+    method: Method,
+    tables: list[Any],
+    counts: Mapping[str, Tensor],
+    initialization: RowInitialization,
+    search: SearchConfig,
+) -> PrecisionPlan:
+    if method.kind == "uniform":
+        return uniform_precision(tables, int(method.numbers[0]), initialization=initialization)
+    try:
+        if method.kind == "cut":
+            bits, fraction = method.numbers
+            return cut_precision(
+                counts, tables, int(bits), fraction, initialization=initialization, zero_row=search.zero_row
+            )
+        return precision_from_frequencies(
+            counts, tables, ratio=method.numbers[0], initialization=initialization, zero_row=search.zero_row
+        )
+    except ValueError as error:
+        raise UserError(f"method {method.name} does not fit this data: {error}") from error
+
+
+def _probabilities(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Per table, rank bounds and the groups' probabilities."""
+    found: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    for quantizer in search_quantizers(model):
+        probabilities = quantizer.probabilities().detach().cpu()
+        for table, groups in quantizer.groups.groups.items():
+            found[table] = (quantizer.groups.bounds[table], probabilities[list(groups)])
+    return found
+
+
+def _finish(
+    dmp: DistributedModelParallel, plan: PrecisionPlan | None, data: PreparedDataset, job: Job
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model to serve, and its sizes as stored."""
+    if plan is None:
+        fp32_bytes = sum(4 * field.num_embeddings * job.embedding_dim for field in data.fields)
+        sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes}
+        return dmp, {**sizes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
+    emitted = emit_inference_model(dmp)
+    retrained, _ = predict(dmp, data, "validation", job.device)
+    packed, _ = predict(emitted, data, "validation", job.device)
+    difference = float((retrained - packed).abs().max()) if len(packed) else 0.0
+    if not difference <= _EMIT_TOLERANCE:
+        raise RuntimeError(
+            f"the emitted model's logits differ from the retrained model's by {difference:.2e}: packing is wrong"
+        )
+    reports = [m.size_report() for m in emitted.modules() if isinstance(m, PackedEmbeddingBagCollection)]
+    return emitted, {
+        "average_bits": round(plan.average_bits, 6),
+        "embedding_bytes": sum(r.total for r in reports),
+        "fp32_bytes": sum(r.fp32_bytes for r in reports),
+        "compression_ratio": round(sum(r.fp32_bytes for r in reports) / sum(r.total for r in reports), 3),
+    }

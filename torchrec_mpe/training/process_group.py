@@ -1,0 +1,30 @@
+"""The process group that DistributedModelParallel needs, also in one process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Initialize the world group that torchx set up in the environment, or a group of one that needs no network.
+
+    Args:
+        device (torch.device): NCCL on CUDA, gloo on CPU.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        yield
+        return
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
