@@ -14,8 +14,9 @@ from torchrec_mpe.distributed import (  # noqa: E402
     sharders,
 )
 from torchrec_mpe.frequency import FrequencyCounter, count_frequencies  # noqa: E402
+from torchrec_mpe.inference import emit_inference_model, load, save  # noqa: E402
 from torchrec_mpe.initialization import RowInitialization  # noqa: E402
-from torchrec_mpe.modules import MPEEmbeddingBagCollection  # noqa: E402
+from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection  # noqa: E402
 from torchrec_mpe.precision import (  # noqa: E402
     PrecisionPlan,
     cut_precision,
@@ -30,6 +31,7 @@ __all__ = [
     "FrequencyCounter",
     "MPEEmbeddingBagCollection",
     "MPEEmbeddingBagCollectionSharder",
+    "PackedEmbeddingBagCollection",
     "PrecisionPlan",
     "RowInitialization",
     "SearchConfig",
@@ -39,11 +41,14 @@ __all__ = [
     "bit_penalty",
     "count_frequencies",
     "cut_precision",
+    "emit_inference_model",
+    "load",
     "precision_from_frequencies",
     "prepare_retrain_",
     "prepare_search_",
     "reset_rows_",
     "sample_precision",
+    "save",
     "sharders",
     "uniform_precision",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.inference.artifact import load
-from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.modules import PackedEmbeddingBagCollection
 from torchrec_mpe.precision import PrecisionPlan
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -90,6 +91,20 @@ class FrequencyCounter(Mapping[str, Tensor]):
             )
         for table, counts in other._counts.items():
             self._counts[table] += counts
+        return self
+
+    def merge_across_ranks(self, group: dist.ProcessGroup | None = None) -> "FrequencyCounter":
+        """Add up the counts of all ranks, which all call this once; returns this counter, now equal on every rank.
+
+        Args:
+            group (Optional[ProcessGroup]): gloo or NCCL; the world by default. Alone without a process group.
+        """
+        if dist.is_initialized() and dist.get_world_size(group) > 1:
+            device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+            for table in sorted(self._counts):
+                counts = self._counts[table].to(device)
+                dist.all_reduce(counts, group=group)
+                self._counts[table] = counts.cpu()
         return self
 
     def __getitem__(self, table: str) -> Tensor:

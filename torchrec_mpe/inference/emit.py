@@ -10,8 +10,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.types import ShardingType
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
-from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
-from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection, Phase
 from torchrec_mpe.packing import TableToPack, pack_tables
 from torchrec_mpe.quantizer import RetrainQuantizer
 

@@ -1,6 +1,13 @@
-"""Ops with one definition and several backends; they know tensors only."""
+"""Ops with one definition and several backends; they know tensors and packed buffers only."""
 
 from torchrec_mpe.ops.backends import available_backends, use_backend
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
 
-__all__ = ["available_backends", "expected_quantization", "fixed_quantization", "use_backend"]
+__all__ = [
+    "available_backends",
+    "expected_quantization",
+    "fixed_quantization",
+    "packed_embedding_bag",
+    "use_backend",
+]

@@ -13,7 +13,7 @@ from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.inference.emit import emit_inference_model
 from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.modules import PackedEmbeddingBagCollection
 from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
 from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
 from torchrec_mpe.quantizer import SearchConfig
