@@ -28,7 +28,6 @@ from tqdm import tqdm
 from torchrec_mpe.atomic import atomic_file
 from torchrec_mpe.data import PreparedDataset, prepare_criteo, prepare_csv, write_synthetic_log
 from torchrec_mpe.precision import cut_precision
-from torchrec_mpe.quantizer import SearchConfig
 from torchrec_mpe.training.methods import Job, Method, run_method
 from torchrec_mpe.training.model import table_configs
 from torchrec_mpe.training.process_group import process_group
@@ -65,6 +64,24 @@ CIAO = [
     Entry("cut at 60x", "cut", cut_ratio=60),
     Entry("mpe, lambda 2e-3", "mpe", search={"penalty_weight": 2e-3}),
     Entry("mpe, lambda 1e-2 (default)", "mpe"),
+    Entry("mpe as in the paper, lambda 1e-5", "mpe", search={**PAPER, "penalty_weight": 1e-5}),
+    Entry("mpe as in the paper, lambda 1e-4", "mpe", search={**PAPER, "penalty_weight": 1e-4}),
+    Entry("rule:30", "rule:30"),
+    Entry("rule:60", "rule:60"),
+    Entry("rule:100", "rule:100"),
+    Entry("rule:150", "rule:150"),
+]
+# The paper's penalty is far from the average of bits: its lambda is set here to come near the sizes of the others.
+GENERATED = [
+    Entry("fp32", "fp32", 0),
+    Entry("fp32, 3 resets", "fp32"),
+    Entry("uniform:6", "uniform:6"),
+    Entry("cut at 60x", "cut", cut_ratio=60),
+    Entry("mpe, lambda 3e-3", "mpe", search={"penalty_weight": 3e-3}),
+    Entry("mpe, lambda 1e-2 (default)", "mpe"),
+    Entry("mpe, lambda 2e-2", "mpe", search={"penalty_weight": 2e-2}),
+    Entry("mpe, global groups, lambda 3e-3", "mpe", search={"grouping": "paper", "penalty_weight": 3e-3}),
+    Entry("mpe, global groups, lambda 1e-2", "mpe", search={"grouping": "paper", "penalty_weight": 1e-2}),
     Entry("mpe as in the paper, lambda 1e-5", "mpe", search={**PAPER, "penalty_weight": 1e-5}),
     Entry("mpe as in the paper, lambda 1e-4", "mpe", search={**PAPER, "penalty_weight": 1e-4}),
     Entry("rule:30", "rule:30"),
@@ -141,10 +158,8 @@ def table(summary: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["| method | AUC | vs fp32, 3 resets | average bits | bytes | ratio |", "|---|---|---|---|---|---|"]
     base = summary["fp32, 3 resets"]["auc"]
     for label, row in summary.items():
-        lines.append(
-            f"| {label} | {row['auc']:.4f} ± {row['error']:.4f} | {row['auc'] - base:+.4f} | {row['average_bits']:.2f} | "
-            f"{row['embedding_bytes']:,.0f} | {row['compression_ratio']:.1f}x |"
-        )
+        size = f"{row['average_bits']:.2f} | {row['embedding_bytes']:,.0f} | {row['compression_ratio']:.1f}x"
+        lines.append(f"| {label} | {row['auc']:.4f} ± {row['error']:.4f} | {row['auc'] - base:+.4f} | {size} |")
     return "\n".join(lines)
 
 
@@ -155,22 +170,24 @@ def check_goals(summary: Mapping[str, Mapping[str, float]], goals: Sequence[Goal
         gap = summary[goal.label]["auc"] - summary[goal.against]["auc"]
         ratio = summary[goal.label]["compression_ratio"]
         reached = gap >= -goal.within and ratio >= goal.ratio
-        lines.append(
-            f"{'reached' if reached else 'NOT reached'}: {goal.label} against {goal.against}: {gap:+.4f} at {ratio:.1f}x "
-            f"(goal {-goal.within:+.4f} at {goal.ratio:g}x or more)"
-        )
+        verdict = "reached" if reached else "NOT reached"
+        wanted = f"goal {-goal.within:+.4f} at {goal.ratio:g}x or more"
+        lines.append(f"{verdict}: {goal.label} against {goal.against}: {gap:+.4f} at {ratio:.1f}x ({wanted})")
     return lines
 
 
 def generated_entries(records: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], list[Goal]]:
     """Rivals at the sizes that the search came to, known only after it ran."""
     summary = summarize(records)
-    rivals: list[Entry] = []
-    goals = [Goal("mpe (default)", "fp32", 0.001, 100)]
-    ratio = round(summary["mpe (default)"]["compression_ratio"], 1)
-    rivals.append(Entry(f"rule:{ratio:g}", f"rule:{ratio:g}"))
-    goals.append(Goal("mpe (default)", f"rule:{ratio:g}", -0.001))
-    return rivals, goals
+    searched = "mpe, lambda 1e-2 (default)"
+    rule = f"rule:{summary[searched]['compression_ratio']:.0f}"
+    goals = [
+        Goal(searched, "fp32", 0.001, 100),
+        Goal(searched, "fp32, 3 resets", 0.001, 100),
+        Goal(searched, rule, -0.001),
+        Goal(searched, "mpe, global groups, lambda 1e-2", -0.001),
+    ]
+    return [Entry(rule, rule)], goals
 
 
 def main() -> None:

@@ -1,31 +1,52 @@
 """Mixed-precision embedding tables for TorchRec: learned bit-widths from 0 to 8 bits per group of rows.
 
 Source: Mixed-Precision Embeddings for Large-Scale Recommendation Models (arXiv 2409.20305).
+
+Names are imported when they are first used, so that `torchrec-mpe doctor` can run where torch, fbgemm or torchrec is
+missing; using a name there raises an ImportError that says what to install.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchrec_mpe.versions import __version__, warn_or_raise_at_import
 
-warn_or_raise_at_import()
+if TYPE_CHECKING:
+    from torchrec_mpe.bit_widths import TableBitWidths
+    from torchrec_mpe.distributed import MPEEmbeddingBagCollectionSharder, ShardedMPEEmbeddingBagCollection, sharders
+    from torchrec_mpe.frequency import FrequencyCounter, count_frequencies
+    from torchrec_mpe.inference import emit_inference_model, load, save
+    from torchrec_mpe.initialization import RowInitialization
+    from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection
+    from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
+    from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
+    from torchrec_mpe.quantizer import SearchConfig
+    from torchrec_mpe.search import bit_penalty, sample_precision
 
-from torchrec_mpe.bit_widths import TableBitWidths  # noqa: E402
-from torchrec_mpe.distributed import (  # noqa: E402
-    MPEEmbeddingBagCollectionSharder,
-    ShardedMPEEmbeddingBagCollection,
-    sharders,
-)
-from torchrec_mpe.frequency import FrequencyCounter, count_frequencies  # noqa: E402
-from torchrec_mpe.inference import emit_inference_model, load, save  # noqa: E402
-from torchrec_mpe.initialization import RowInitialization  # noqa: E402
-from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection  # noqa: E402
-from torchrec_mpe.precision import (  # noqa: E402
-    PrecisionPlan,
-    cut_precision,
-    precision_from_frequencies,
-    uniform_precision,
-)
-from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_  # noqa: E402
-from torchrec_mpe.quantizer import SearchConfig  # noqa: E402
-from torchrec_mpe.search import bit_penalty, sample_precision  # noqa: E402
+_MODULES = {
+    "TableBitWidths": "torchrec_mpe.bit_widths",
+    "MPEEmbeddingBagCollectionSharder": "torchrec_mpe.distributed",
+    "ShardedMPEEmbeddingBagCollection": "torchrec_mpe.distributed",
+    "sharders": "torchrec_mpe.distributed",
+    "FrequencyCounter": "torchrec_mpe.frequency",
+    "count_frequencies": "torchrec_mpe.frequency",
+    "emit_inference_model": "torchrec_mpe.inference",
+    "load": "torchrec_mpe.inference",
+    "save": "torchrec_mpe.inference",
+    "RowInitialization": "torchrec_mpe.initialization",
+    "MPEEmbeddingBagCollection": "torchrec_mpe.modules",
+    "PackedEmbeddingBagCollection": "torchrec_mpe.modules",
+    "PrecisionPlan": "torchrec_mpe.precision",
+    "cut_precision": "torchrec_mpe.precision",
+    "precision_from_frequencies": "torchrec_mpe.precision",
+    "uniform_precision": "torchrec_mpe.precision",
+    "prepare_retrain_": "torchrec_mpe.prepare",
+    "prepare_search_": "torchrec_mpe.prepare",
+    "reset_rows_": "torchrec_mpe.prepare",
+    "SearchConfig": "torchrec_mpe.quantizer",
+    "bit_penalty": "torchrec_mpe.search",
+    "sample_precision": "torchrec_mpe.search",
+}
 
 __all__ = [
     "FrequencyCounter",
@@ -52,3 +73,16 @@ __all__ = [
     "sharders",
     "uniform_precision",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_or_raise_at_import()
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

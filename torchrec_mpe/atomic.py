@@ -54,8 +54,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            _sync(file)
+        for entry in temporary.rglob("*"):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors writes files for their owner alone
+            _sync(entry)
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)

@@ -177,10 +177,22 @@ def on_ranks(cases: list[Case]) -> list[dict[str, Any]]:
     return results
 
 
-def in_one_process(case: Case) -> dict[str, Any]:
+def on_two_ranks_emitted(case: Case) -> dict[str, Any]:
+    """The packed buffers that a sharded model emits before any training."""
+    return packed_buffers(shard(prepared_model(case), case))
+
+
+def packed_buffers(model: nn.Module) -> dict[str, Any]:
+    emitted = mpe.emit_inference_model(model)
+    return {name: buffer.numpy() for name, buffer in emitted.ebc.named_buffers()}
+
+
+def in_one_process(case: Case, emit: bool = False) -> dict[str, Any]:
     """The unsharded model over the whole batch, all parameters under plain SGD."""
     model = prepared_model(case)
     enter(model, case)
+    if emit:
+        return {"packed": packed_buffers(model)}
     result = two_steps(model, case, 0, 1, list(model.parameters()))
     result["rows"] = {t.name: model.ebc.embedding_bags[t.name].weight.detach().numpy() for t in tables(case)}
     return result

@@ -76,3 +76,10 @@ def prepare_data(options: argparse.Namespace, out: Path, *, progress: bool) -> P
         if data.num_rows(split) == 0:
             raise UserError(f"{options.data} has too few rows: none came into the {split} part of the 8:1:1 split")
     return data
+
+
+def print_notes(data: PreparedDataset) -> None:
+    """Say which columns the preparation left out: one line each, or one for many."""
+    notes = data.notes
+    for note in notes if len(notes) <= 5 else [f"{len(notes)} columns are left out; see manifest.json in {data.path}"]:
+        print(f"note: {note}")

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from torchrec_mpe.cli.run import add_run_options, check_options, compare
+from torchrec_mpe.cli.run import add_run_options, check_options, compare, no_empty_folder
 from torchrec_mpe.data import prepare_criteo, write_synthetic_log
 
 
@@ -20,9 +20,9 @@ def run(options: argparse.Namespace) -> int:
     """Generate a log in Criteo's format, prepare it and compare methods on it."""
     options.method = options.method or ["fp32", "rule:100", "mpe"]
     methods, job = check_options(options)
-    with tempfile.TemporaryDirectory() as folder:
+    with no_empty_folder(options.out), tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "generated-log.tsv"
         write_synthetic_log(log, rows=options.rows, progress=not options.quiet)
         options.data = log
         data = prepare_criteo(log, options.out / "data", min_count=1, progress=not options.quiet)
-    return compare(options, data, methods, job)
+        return compare(options, data, methods, job)

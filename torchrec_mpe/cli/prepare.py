@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from torchrec_mpe.cli.data_options import add_data_options, prepare_data
+from torchrec_mpe.cli.data_options import add_data_options, prepare_data, print_notes
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,8 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Prepare a log and say what came out."""
     data = prepare_data(options, options.out, progress=not options.quiet)
-    for note in data.notes:
-        print(f"note: {note}")
+    print_notes(data)
     rows = {split: data.num_rows(split) for split in ("train", "validation", "test")}
     print(f"{options.out}: " + ", ".join(f"{n:,} {split} rows" for split, n in rows.items()))
     for field in data.fields:

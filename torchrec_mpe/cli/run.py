@@ -7,14 +7,15 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchrec_mpe.atomic import atomic_file
-from torchrec_mpe.cli.data_options import add_data_options, prepare_data
+from torchrec_mpe.cli.data_options import add_data_options, prepare_data, print_notes
 from torchrec_mpe.cli.result_table import result_table
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
@@ -71,10 +72,21 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prepare the data, run every method with every seed, and report."""
     methods, job = check_options(options)
-    data = prepare_data(options, options.out / "data", progress=not options.quiet)
-    for note in data.notes:
-        print(f"note: {note}")
-    return compare(options, data, methods, job)
+    with no_empty_folder(options.out):
+        data = prepare_data(options, options.out / "data", progress=not options.quiet)
+        print_notes(data)
+        return compare(options, data, methods, job)
+
+
+@contextmanager
+def no_empty_folder(path: Path) -> Iterator[None]:
+    """Do not leave ``path`` behind if the block fails before anything complete is in it."""
+    try:
+        yield
+    except BaseException:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        raise
 
 
 def check_options(options: argparse.Namespace) -> tuple[list[Method], Job]:

@@ -46,7 +46,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     """
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedEmbeddingBagCollection)}
     if not packed:
-        raise ValueError(f"{type(model).__name__} holds no PackedEmbeddingBagCollection: emit_inference_model makes them")
+        raise ValueError(
+            f"{type(model).__name__} holds no PackedEmbeddingBagCollection: emit_inference_model makes them"
+        )
     prefixes = tuple(f"{name}." if name else "" for name in packed)
     dense = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
     with atomic_directory(path) as folder:
@@ -66,9 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         (folder / _MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module | None = None, device: torch.device | str = "cpu"
-) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Read what :func:`save` wrote, after checking every digest, shape, offset and width.
 
     Args:
@@ -95,7 +95,8 @@ def load(
         raise ValueError(f"{folder / _MANIFEST} is damaged: {type(error).__name__} {error}") from error
     if model is None:
         if len(collections) == 1:
-            return next(iter(collections.values())).to(device)
+            alone: nn.Module = next(iter(collections.values())).to(device)
+            return alone
         return nn.ModuleDict({name.replace(".", "_"): c for name, c in collections.items()}).to(device)
     return _into(model, collections, dense, folder).to(device).eval()
 
@@ -124,7 +125,7 @@ def _write_collection(folder: Path, number: int, name: str, module: PackedEmbedd
     return {
         "name": name,
         "is_weighted": module.is_weighted(),
-        "output_dtype": str(module.output_dtype).removeprefix("torch."),
+        "output_dtype": str(module.output_dtype()).removeprefix("torch."),
         "tables": [
             {
                 "name": t.name,
@@ -138,7 +139,7 @@ def _write_collection(folder: Path, number: int, name: str, module: PackedEmbedd
             for t, size in zip(module.embedding_bag_configs(), module.size_report().tables, strict=True)
         ],
         "bytes": module.size_report().to_dict(),
-        "tensors": _write_tensors(folder / f"tables-{number}.safetensors", module.packed_tables.tensors()),
+        "tensors": _write_tensors(folder / f"tables-{number}.safetensors", module.packed_tables().tensors()),
     }
 
 
@@ -203,7 +204,12 @@ def _read_collection(folder: Path, entry: Mapping[str, Any]) -> PackedEmbeddingB
         shapes = tuple(TableShape(c.name, c.num_embeddings, c.embedding_dim) for c in configs)
         packed = PackedTables(tables=shapes, **tensors)
         validate_packed_tables(packed)
-        collection = PackedEmbeddingBagCollection(packed, configs, entry["is_weighted"], _DTYPES[entry["output_dtype"]])
+        collection = PackedEmbeddingBagCollection(
+            packed=packed,
+            tables=configs,
+            is_weighted=entry["is_weighted"],
+            output_dtype=_DTYPES[entry["output_dtype"]],
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not hold what the manifest says: {error}") from error
     for t, size in zip(entry["tables"], collection.size_report().tables, strict=True):

@@ -70,13 +70,13 @@ def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingB
                 None if quantizer.zero_rows is None else quantizer.zero_row(config.name).cpu(),
             )
         )
-    packed = PackedEmbeddingBagCollection(
-        pack_tables(tables),
-        collection.embedding_bag_configs(),
+    return PackedEmbeddingBagCollection(
+        packed=pack_tables(tables),
+        tables=collection.embedding_bag_configs(),
         is_weighted=collection._is_weighted,
         output_dtype=output_dtype,
+        device=device,
     )
-    return packed.to(device)
 
 
 def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:

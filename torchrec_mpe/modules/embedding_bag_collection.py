@@ -21,7 +21,8 @@ from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
 from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig, SearchQuantizer
 
-_DEFAULT_GROUPS = {"log_rank": 32, "paper": 128}
+# 12 groups a table: with 32 most groups see too few lookups in an epoch for the search to tell them from noise.
+_DEFAULT_GROUPS = {"log_rank": 12, "paper": 128}
 
 
 class Phase(enum.Enum):

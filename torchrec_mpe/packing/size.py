@@ -1,10 +1,10 @@
 """Bytes of packed tables by kind: every byte is counted, none estimated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.packing.layout import END_PADDING, TableLayout, lay_out
+from torchrec_mpe.packing.layout import TableLayout, lay_out
 from torchrec_mpe.packing.packed_tables import PackedTables
 
 _FP32 = 4
@@ -14,8 +14,18 @@ _RUN_BYTES = 16 + _INT32  # record and start
 _TABLE_DIRECTORY_BYTES = _INT32 + _INT32 + _INT64  # run_offsets, rows_per_table, remap_offsets
 
 
-class _Bytes:
-    """What follows from the bytes by kind; shared by a table and a collection."""
+@dataclass(frozen=True)
+class ByteCounts:
+    """Bytes by kind.
+
+    Attributes:
+        payload (int): packed rows, dims padded to a multiple of 8 included.
+        directory (int): run records and starts, remap, per-table offsets.
+        scales (int): alpha, beta and their indices.
+        zero_rows (int): the vectors of 0-bit rows and their offsets.
+        padding (int): alignment before runs and at the payload's end.
+        fp32_bytes (int): bytes of the fp32 tables, ``num_embeddings * embedding_dim * 4``.
+    """
 
     payload: int
     directory: int
@@ -26,7 +36,7 @@ class _Bytes:
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """All bytes of the packed tables."""
         return self.payload + self.directory + self.scales + self.zero_rows + self.padding
 
     @property
@@ -36,17 +46,12 @@ class _Bytes:
 
     def to_dict(self) -> dict[str, float]:
         """Bytes by kind, total, fp32_bytes and compression_ratio, for JSON."""
-        kinds = {kind: getattr(self, kind) for kind in ("payload", "directory", "scales", "zero_rows", "padding")}
-        return {
-            **kinds,
-            "total": self.total,
-            "fp32_bytes": self.fp32_bytes,
-            "compression_ratio": round(self.compression_ratio, 4),
-        }
+        counts: dict[str, float] = {field.name: getattr(self, field.name) for field in fields(ByteCounts)}
+        return {**counts, "total": self.total, "compression_ratio": round(self.compression_ratio, 4)}
 
 
 @dataclass(frozen=True)
-class TableSize(_Bytes):
+class TableSize(ByteCounts):
     """Bytes of one table. What tables share is counted with the first that uses it, the end padding with the last.
 
     Attributes:
@@ -54,65 +59,30 @@ class TableSize(_Bytes):
         num_embeddings (int): rows.
         embedding_dim (int): elements of a row.
         rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
-        payload (int): packed rows, dims padded to a multiple of 8 included.
-        directory (int): run records and starts, remap, per-table offsets.
-        scales (int): alpha, beta and their indices.
-        zero_rows (int): the vector of 0-bit rows and its offset.
-        padding (int): alignment before runs and at the payload's end.
     """
 
     name: str
     num_embeddings: int
     embedding_dim: int
     rows_per_width: tuple[int, ...]
-    payload: int
-    directory: int
-    scales: int
-    zero_rows: int
-    padding: int
-
-    @property
-    def fp32_bytes(self) -> int:  # type: ignore[override]
-        """Bytes of the fp32 table, ``num_embeddings * embedding_dim * 4``."""
-        return self.num_embeddings * self.embedding_dim * _FP32
 
 
 @dataclass(frozen=True)
-class SizeReport(_Bytes):
-    """Bytes of a collection of packed tables, per table and overall (same attributes, summed).
+class SizeReport(ByteCounts):
+    """Bytes of a collection of packed tables: per table, and summed.
 
     Example::
 
         >>> report = packed_bytes({"t": TableBitWidths(1000, 16, (0, 100, 1000), (4, 0))})
         >>> report.payload, report.total, round(report.compression_ratio, 1)
-        (800, 1096, 58.4)
+        (800, 1100, 58.2)
+        >>> print(report)
+        table  rows  dim  payload  directory  scales  zero_rows  padding  total  ratio
+        t      1000   16      800         60     108         68       64   1100  58.2x
+        all    1000           800         60     108         68       64   1100  58.2x
     """
 
     tables: tuple[TableSize, ...]
-
-    @property
-    def payload(self) -> int:  # type: ignore[override]
-        return sum(table.payload for table in self.tables)
-
-    @property
-    def directory(self) -> int:  # type: ignore[override]
-        return sum(table.directory for table in self.tables)
-
-    @property
-    def scales(self) -> int:  # type: ignore[override]
-        return sum(table.scales for table in self.tables)
-
-    @property
-    def zero_rows(self) -> int:  # type: ignore[override]
-        return sum(table.zero_rows for table in self.tables)
-
-    @property
-    def padding(self) -> int:  # type: ignore[override]
-        return sum(table.padding for table in self.tables)
-
-    @property
-    def fp32_bytes(self) -> int:  # type: ignore[override]
-        return sum(table.fp32_bytes for table in self.tables)
 
     def __str__(self) -> str:
         head = ("table", "rows", "dim", "payload", "directory", "scales", "zero_rows", "padding", "total", "ratio")
@@ -187,21 +157,22 @@ def _report(
         zero_rows = _INT32 + (table.embedding_dim * _FP32 if zero_row[t] else 0)
         sizes.append(
             TableSize(
-                table.name,
-                table.num_embeddings,
-                table.embedding_dim,
-                tuple(table.rows_per_width()),
-                payload,
-                directory,
-                scales,
-                zero_rows,
-                padding,
+                payload=payload,
+                directory=directory,
+                scales=scales,
+                zero_rows=zero_rows,
+                padding=padding,
+                fp32_bytes=table.num_embeddings * table.embedding_dim * _FP32,
+                name=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                rows_per_width=tuple(table.rows_per_width()),
             )
         )
-    assert sizes or payload_bytes == END_PADDING
-    return SizeReport(tuple(sizes))
+    sums = {field.name: sum(getattr(size, field.name) for size in sizes) for field in fields(ByteCounts)}
+    return SizeReport(**sums, tables=tuple(sizes))
 
 
-def _columns(size: _Bytes) -> tuple[str, ...]:
+def _columns(size: ByteCounts) -> tuple[str, ...]:
     numbers = (size.payload, size.directory, size.scales, size.zero_rows, size.padding, size.total)
     return (*(str(number) for number in numbers), f"{size.compression_ratio:.1f}x")

@@ -115,7 +115,7 @@ def _check_scales(packed: PackedTables, t: int, layout: TableLayout) -> None:
     if not 0 <= offset <= packed.beta.numel() - dim:
         raise ValueError(f"table {name}: beta offset {offset} leaves its buffer of {packed.beta.numel()}")
     zero = int(packed.zero_row_offsets[t])
-    if not -1 <= zero <= packed.zero_rows.numel() - dim and zero != -1:
+    if zero != -1 and not 0 <= zero <= packed.zero_rows.numel() - dim:
         raise ValueError(f"table {name}: zero row offset {zero} leaves its buffer of {packed.zero_rows.numel()}")
     alpha = packed.alpha[index].tolist()
     if alpha[0] != 0.0 or any(run.bits and alpha[run.bits] <= 0.0 for run in layout.runs):

@@ -19,7 +19,7 @@ class SearchConfig:
         candidate_bits (tuple[int, ...]): bit-widths that a group can get, any subset of 0 to 8.
         grouping (str): "log_rank", groups of each table's own with bounds even in log(1 + rank); or "paper", equal
             groups over all tables of one embedding dimension (MPE, section 3.2).
-        num_groups (Optional[int]): groups a table for "log_rank" (default 32), groups in all for "paper" (default 128).
+        num_groups (Optional[int]): groups a table for "log_rank" (default 12), groups in all for "paper" (default 128).
         penalty (str): "bits" counts what is stored, ``sum_g rows_g * E[b] / n``; "paper" weighs each group by the
             inverse of its frequency, ``sum_g E[b] / f_g`` with f relative to the least frequent group (section 3.3).
         penalty_weight (float): lambda, multiplies the penalty. What suits depends on the data: 1e-2 gave 0.2 bits a row

@@ -35,8 +35,8 @@ class ReportData:
             (list of {"step", "auc"}).
         plans (Mapping[str, Mapping[str, TableBitWidths]]): method -> table -> bit-widths.
         counts (Mapping[str, Tensor]): table -> int64 [num_embeddings], training frequencies by row id.
-        probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the rank bounds of
-            its k groups (k + 1 numbers) and the probability of each candidate bit-width, [k, m].
+        probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the rank bounds
+            of its k groups (k + 1 numbers) and the probability of each candidate bit-width, [k, m].
         candidate_bits (tuple[int, ...]): the m candidate bit-widths.
         environment (Mapping[str, str]): versions, CPU, command line.
         data (Mapping[str, str | int | float]): rows, fields, split.
@@ -72,9 +72,9 @@ class ReportData:
         for method, groups in self.probabilities.items():
             for table, (bounds, probabilities) in groups.items():
                 if probabilities.shape != (len(bounds) - 1, len(self.candidate_bits)):
+                    wanted = [len(bounds) - 1, len(self.candidate_bits)]
                     raise ValueError(
-                        f"probabilities of {method} in {table} must be [{len(bounds) - 1}, {len(self.candidate_bits)}], "
-                        f"got {list(probabilities.shape)}"
+                        f"probabilities of {method} in {table} must be {wanted}, got {list(probabilities.shape)}"
                     )
 
     @property

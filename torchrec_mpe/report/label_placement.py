@@ -24,7 +24,7 @@ class DirectLabel:
     x: float
     y: float
     text: str
-    colour: str
+    colour: tuple[float, float, float]
 
 
 def _overlap(box: NDArray[np.float64], others: NDArray[np.float64]) -> float:
@@ -77,9 +77,10 @@ def place_labels(
         placed = [other for j, other in enumerate(boxes) if other is not None and j != i]
         others = np.array(placed) if placed else np.empty((0, 4))
         crossed = np.vstack([leaders[j] for j in range(len(labels)) if j != i] or [np.empty((0, 4))])
-        total = 1000.0 * outside + 50.0 * _overlap(box, others) + 30.0 * _overlap(box, obstacles)
+        total = 1000.0 * float(outside) + 50.0 * _overlap(box, others) + 30.0 * _overlap(box, obstacles)
         total += 2.0 * _overlap(box, lines) + 20.0 * _overlap(box, crossed) + radius * 4.0
-        return total + sum(20.0 * _overlap(piece, others) for piece in leader)
+        crossing = sum(20.0 * _overlap(piece, others) + 4.0 * _overlap(piece, obstacles) for piece in leader)
+        return total + crossing
 
     def best(i: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         (x, y), (width, height) = marks[i], sizes[i]

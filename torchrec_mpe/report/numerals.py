@@ -19,9 +19,9 @@ def decimal(value: float, digits: int, sign: bool = False) -> str:
 
 
 def with_error(value: Estimate, digits: int, scale: float = 1.0, sign: bool = False) -> str:
-    """``mean ± standard error``, or the mean alone where there is no error to give."""
+    """``mean ± standard error``, or the mean alone where there is no error to give or it rounds to zero."""
     mean = decimal(value.mean * scale, digits, sign)
-    if value.error is None or not math.isfinite(value.error):
+    if value.error is None or not math.isfinite(value.error) or round(value.error * scale, digits) == 0:
         return mean
     return f"{mean} ± {decimal(value.error * scale, digits)}"
 
@@ -40,11 +40,11 @@ def in_bytes(size: float, digits: int = 1) -> str:
 
 
 def bytes_with_error(value: Estimate) -> str:
-    """A size with its standard error in the same unit; the error is left out where all seeds agree."""
-    if not value.error or not math.isfinite(value.mean) or not math.isfinite(value.error):
-        return in_bytes(value.mean)
+    """A size with its standard error in the same unit; the error is left out where it rounds to zero."""
+    if not math.isfinite(value.mean):
+        return MISSING
     scale, name = unit_of(value.mean)
-    return f"{with_error(value, 1, 1 / scale)} {name}"
+    return f"{with_error(value, 0 if scale == 1 else 1, 1 / scale)} {name}"
 
 
 def short_count(count: float) -> str:

@@ -15,24 +15,26 @@ _STYLE = """
   :root { --ink: #ececf0; --soft: #a9a9b2; --line: #3c3c43; --page: #17171a; --band: #212126; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 70rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, figcaption, dl { color: var(--soft); max-width: 46rem; }
 p { margin: .25rem 0 .75rem; }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; width: 100%; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .82rem; width: 100%; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; font-weight: 600; }
 tbody tr:nth-child(even) { background: var(--band); }
-th:first-child { text-align: left; font-weight: 600; white-space: normal; min-width: 8rem; max-width: 18rem;
+th:first-child { text-align: left; font-weight: 600; white-space: normal; min-width: 7.5rem; max-width: 16rem;
   overflow-wrap: anywhere; }
 small { font-weight: 400; color: var(--soft); display: block; }
-figure { margin: 0 0 1.5rem; }
+figure { margin: 0 0 1.5rem; max-width: 58rem; }
+@media (min-width: 60rem) { th:first-child { min-width: 12rem; } }
 figure img { display: block; width: 100%; height: auto; min-width: 34rem; background: #ffffff; border-radius: 4px; }
 figcaption { font-size: .9rem; margin-top: .5rem; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; margin: 0; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem;
+  margin: 0; }
 dt { font-weight: 600; color: var(--ink); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 details { margin-top: 1rem; }
@@ -43,7 +45,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin-bottom: 
   .wide { overflow: visible; }
   table { font-size: 7.5pt; }
   th, td { padding: .2rem .35rem; }
-  figure img { min-width: 0; max-height: 22cm; object-fit: contain; object-position: left top; }
+  figure img { min-width: 0; width: 80%; max-height: 22cm; object-fit: contain; object-position: left top; }
   figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
 }
@@ -117,8 +119,14 @@ def _results_table(report: ReportData) -> str:
     errors = any(one.seeds > 1 for one in summaries)
     sizes = sorted({int(row["fp32_bytes"]) for row in report.results})
     full = f" The same tables in fp32 take {' or '.join(in_bytes(size) for size in sizes)}." if len(sizes) <= 2 else ""
-    note = "Mean ± standard error over seeds." if errors else "One seed each, so no standard errors."
-    return f"<p>{note} Size counts packed rows, directories and scales: real bytes.{escape(full)}</p>\n{_table(header, rows)}"
+    note = (
+        "Mean ± standard error over seeds; an error that rounds to zero is left out."
+        if errors
+        else "One seed each, so no standard errors."
+    )
+    return f"<p>{note} Size counts packed rows, directories and scales: real bytes.{escape(full)}</p>\n" + _table(
+        header, rows
+    )
 
 
 def _results_row(one: MethodSummary, is_baseline: bool) -> list[str]:
@@ -131,8 +139,8 @@ def _results_row(one: MethodSummary, is_baseline: bool) -> list[str]:
         with_error(one.logloss, 4),
         with_error(one.average_bits, 3),
         bytes_with_error(one.embedding_bytes),
-        f"{with_error(one.compression_ratio, 1)}\N{MULTIPLICATION SIGN}",
-        with_error(one.seconds, 1),
+        f"{decimal(one.compression_ratio.mean, 1)}\N{MULTIPLICATION SIGN}",
+        with_error(one.seconds, 1 if one.seconds.mean < 100 else 0),
     ]
 
 

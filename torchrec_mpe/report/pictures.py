@@ -40,8 +40,10 @@ def _widths(report: ReportData) -> list[Picture]:
     plans = {method: fields for method, fields in report.plans.items() if fields}
     pictures = []
     methods = list(plans)
-    for number, first in enumerate(range(0, len(methods), METHODS_A_FIGURE)):
-        chosen = methods[first : first + METHODS_A_FIGURE]
+    figures = -(-len(methods) // METHODS_A_FIGURE)
+    each = -(-len(methods) // max(figures, 1))
+    for number in range(figures):
+        chosen = methods[number * each : (number + 1) * each]
         figure = width_by_rank_figure({method: plans[method] for method in chosen}, styles)
         caption = f"One panel per field: the bits of a row by how frequent the row is, for {', '.join(chosen)}."
         if len(chosen) > 1:

@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchrec_mpe.report.style import grid_columns, label, new_figure, probability_colours, short_ticks
+from torchrec_mpe.report.style import field_label, grid_columns, new_figure, probability_colours, short_ticks
 
 
 def probabilities_figure(fields: Mapping[str, tuple[tuple[int, ...], Tensor]], candidates: Sequence[int]) -> Figure:
@@ -29,7 +29,7 @@ def probabilities_figure(fields: Mapping[str, tuple[tuple[int, ...], Tensor]], c
         panel.set_xscale("log")
         panel.set_xlim(1, max(2.0, float(edges[-1])))
         panel.set_yticks(range(0, len(candidates), every), [str(bits) for bits in candidates[::every]])
-        panel.set_title(label(table, 22 if columns > 3 else 34), pad=3)
+        panel.set_title(field_label(table, columns), pad=3)
         short_ticks(panel, bounds[-1])
     for panel in panels[len(fields) :]:
         panel.set_visible(False)

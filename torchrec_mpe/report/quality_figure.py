@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from torchrec_mpe.report.estimates import MethodSummary, baseline_method, summarize
 from torchrec_mpe.report.label_placement import DirectLabel, place_labels
 from torchrec_mpe.report.numerals import in_bytes
-from torchrec_mpe.report.style import FAINT, MethodStyle, label, new_figure
+from torchrec_mpe.report.style import FAINT, MethodStyle, darker, label, new_figure
 
 
 def quality_figure(results: Sequence[Mapping[str, Any]], styles: Mapping[str, MethodStyle]) -> Figure | None:
@@ -32,8 +32,8 @@ def quality_figure(results: Sequence[Mapping[str, Any]], styles: Mapping[str, Me
         style = styles[one.method]
         error = one.auc.error if one.auc.error is not None and math.isfinite(one.auc.error) else 0.0
         axes.errorbar(
-            one.embedding_bytes.mean, one.auc.mean, yerr=error, fmt=style.marker, color=style.colour, ms=7, capsize=3,
-            elinewidth=1.2, mec="white", mew=0.8, zorder=5,
+            one.embedding_bytes.mean, one.auc.mean, yerr=error, fmt=style.marker, color=style.colour, ms=7.5, capsize=3,
+            elinewidth=1.2, mec="white", mew=0.4, zorder=5,
         )  # fmt: skip
     _size_axis(axes, results)
     _auc_axis(axes, results)
@@ -46,7 +46,8 @@ def quality_figure(results: Sequence[Mapping[str, Any]], styles: Mapping[str, Me
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     marks = [
-        DirectLabel(s.embedding_bytes.mean, s.auc.mean, label(s.method, 34), styles[s.method].colour) for s in summaries
+        DirectLabel(s.embedding_bytes.mean, s.auc.mean, label(s.method, 34), darker(styles[s.method].colour))
+        for s in summaries
     ]
     place_labels(axes, marks, _mark_boxes(axes, results, summaries), _line_box(axes, reference))
     return figure
@@ -73,6 +74,7 @@ def _auc_axis(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     low, high = min(values), max(values)
     margin = max(0.15 * (high - low), 0.001)
     axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4f}"))
 
 

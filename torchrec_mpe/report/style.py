@@ -4,11 +4,12 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, to_rgb
 from matplotlib.figure import Figure
 
 from torchrec_mpe.bit_widths import MAX_BITS
@@ -44,6 +45,12 @@ def method_styles(methods: Sequence[str]) -> dict[str, MethodStyle]:
     }
 
 
+def darker(colour: str) -> tuple[float, float, float]:
+    """``colour`` dark enough for text on white."""
+    red, green, blue = to_rgb(colour)
+    return (red * 0.68, green * 0.68, blue * 0.68)
+
+
 def width_colour(bits: int) -> tuple[float, float, float, float]:
     """A colour per bit-width: light grey for rows without bits, darker for more bits."""
     if bits == 0:
@@ -63,7 +70,7 @@ def house_style() -> Iterator[None]:
     from matplotlib import font_manager
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    ours = {
+    ours: Any = {
         "font.family": ["DejaVu Sans", *(font for font in FALLBACK_FONTS if font in installed)],
         "font.size": 9,
         "axes.titlesize": 9,
@@ -116,6 +123,11 @@ def label(name: str, limit: int) -> str:
         text = f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
     # Matplotlib leaves names that start with an underscore out of legends.
     return f" {text}" if text.startswith("_") else text
+
+
+def field_label(name: str, columns: int) -> str:
+    """A field's name as the title of a panel, short enough for a grid of ``columns``."""
+    return label(name, {1: 70, 2: 40, 3: 30, 4: 22}.get(columns, 17))
 
 
 def grid_columns(panels: int, most: int) -> int:

@@ -66,11 +66,12 @@ def training_figure(curves: Sequence[Mapping[str, Any]], styles: Mapping[str, Me
 def _finish(axes: Axes, title: str, limits: tuple[float, float] | None, digits: int) -> None:
     """The vertical label and limits that all phases share, and short steps."""
     axes.set_ylabel(title)
+    axes.tick_params(labelleft=bool(title))
     axes.grid(True, axis="y")
     if limits is not None:
         axes.set_ylim(*limits)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}f}"))
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if value >= 0 else ""))
     axes.margins(x=0.04)
 
@@ -85,10 +86,8 @@ def _spread(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _loss_limits(curves: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Limits for every loss panel; the first twentieth of each curve may leave at the top, it would flatten the rest."""
-    values = [
-        loss for c in curves for loss in c["loss"][len(c["loss"]) // 20 + (len(c["loss"]) > 9) :] if _finite(loss)
-    ]
+    """Limits for every loss panel; each curve's steep first tenth may leave at the top."""
+    values = [loss for c in curves for loss in c["loss"][len(c["loss"]) // 10 :] if _finite(loss)]
     return _spread(values)
 
 

@@ -32,13 +32,14 @@ class Hyperparameters:
         row_learning_rate (float): of the rows' row-wise Adagrad, fused into FBGEMM's TBE.
         learning_rate (float): of Adam for the dense network.
         quantizer_learning_rate (float): of Adam for alpha, beta, gamma and the 0-bit vectors.
+
+    Adam's learning rates fall linearly to zero over each phase; row-wise Adagrad's steps shrink by themselves.
     """
 
     batch_size: int = 512
     row_learning_rate: float = 0.02
     learning_rate: float = 1e-3
     quantizer_learning_rate: float = 1e-3
-    decay: float = 1
 
 
 @dataclass
@@ -109,9 +110,7 @@ def train_phase(
     optimizer = optimizer_of(model, settings)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     steps = data.num_batches("train", settings.batch_size, drop_last=True, world_size=world_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - settings.decay * step / (steps * epochs + 1)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps * epochs + 1))
     window = max(1, steps * epochs // _CURVE_POINTS)
     curve = Curve(phase)
     running, step = torch.zeros((), device=model.device), 0

@@ -1,0 +1,168 @@
+"""Artifacts come back as they were, or not at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+import torchrec_mpe as mpe
+from tests.inference.models import Model, kjt, retrained, tables
+from torchrec_mpe.inference.artifact import _sha256
+
+
+def emitted() -> nn.Module:
+    torch.manual_seed(0)
+    model = Model(retrained())
+    for _ in range(3):
+        model(kjt())
+    return mpe.emit_inference_model(model)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_round_trip_of_a_model(tmp_path: Path, meta: bool) -> None:
+    model = emitted()
+    mpe.save(model, tmp_path / "artifact", metadata={"auc": 0.75})
+    device = torch.device("meta" if meta else "cpu")
+    with device:
+        fresh = Model(EmbeddingBagCollection(tables(), device=device))
+    loaded = mpe.load(tmp_path / "artifact", fresh)
+    torch.testing.assert_close(loaded(kjt()), model(kjt()), rtol=1e-6, atol=1e-7)
+    manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
+    assert manifest["metadata"] == {"auc": 0.75} and "torch" in manifest["versions"]
+    assert manifest["collections"][0]["tables"][0]["feature_names"] == ["f1", "f2"]
+
+
+def test_round_trip_of_the_collection(tmp_path: Path) -> None:
+    model = emitted()
+    mpe.save(model, tmp_path / "artifact")
+    loaded = mpe.load(tmp_path / "artifact")
+    assert isinstance(loaded, mpe.PackedEmbeddingBagCollection)
+    torch.testing.assert_close(loaded(kjt()).values(), model.sparse["ebc"](kjt()).values(), rtol=0, atol=0)
+
+
+def test_bytes_on_disk_are_the_reported_bytes(tmp_path: Path) -> None:
+    model = emitted()
+    mpe.save(model, tmp_path / "artifact")
+    file = tmp_path / "artifact" / "tables-0.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size - 8 - header == model.sparse["ebc"].size_report().total
+
+
+def test_no_pickle_anywhere(tmp_path: Path) -> None:
+    mpe.save(emitted(), tmp_path / "artifact")
+    names = {p.name for p in (tmp_path / "artifact").iterdir()}
+    assert names == {"manifest.json", "tables-0.safetensors", "dense.safetensors"}
+
+
+def test_saving_needs_a_packed_model_and_a_free_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no PackedEmbeddingBagCollection"):
+        mpe.save(nn.Linear(1, 1), tmp_path / "artifact")
+    mpe.save(emitted(), tmp_path / "artifact")
+    with pytest.raises(FileExistsError, match="already exists"):
+        mpe.save(emitted(), tmp_path / "artifact")
+
+
+def test_nothing_is_left_of_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torchrec_mpe.inference.artifact.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        mpe.save(emitted(), tmp_path / "artifact")
+    assert not list(tmp_path.iterdir())
+
+
+def _edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "manifest.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+
+
+def _edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """A liar that also fixes the digest."""
+    file = folder / "tables-0.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+
+    def digest(document: dict[str, Any]) -> None:
+        document["collections"][0]["tensors"].update(bytes=file.stat().st_size, sha256=_sha256(file))
+
+    _edit_manifest(folder, digest)
+
+
+def _flip_bit(folder: Path) -> None:
+    file = folder / "tables-0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda f: (f / "tables-0.safetensors").write_bytes(b"abc"), "size or digest"),
+    "flipped bit": (_flip_bit, "size or digest"),
+    "no json": (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
+    "other format": (lambda f: _edit_manifest(f, lambda d: d.update(format="x")), "does not describe"),
+    "other version": (lambda f: _edit_manifest(f, lambda d: d.update(version=9)), "of version 9"),
+    "missing entry": (lambda f: _edit_manifest(f, lambda d: d.pop("collections")), "is damaged"),
+    "path outside": (
+        lambda f: _edit_manifest(f, lambda d: d["collections"][0]["tensors"].update(file="../x")),
+        "outside its folder",
+    ),
+    "lying rows": (
+        lambda f: _edit_manifest(f, lambda d: d["collections"][0]["tables"][0].update(num_embeddings=10**9)),
+        "does not hold what the manifest says",
+    ),
+    "lying widths": (
+        lambda f: _edit_manifest(f, lambda d: d["collections"][0]["tables"][0].update(rows_per_width=[0] * 9)),
+        "other bit-widths",
+    ),
+    "base outside": (
+        lambda f: _edit_tensors(f, lambda t: t["run_records"][0].__setitem__(0, 64 * 10**9)),
+        "does not hold",
+    ),
+    "negative base": (lambda f: _edit_tensors(f, lambda t: t["run_records"][0].__setitem__(0, -64)), "does not hold"),
+    "remap outside": (lambda f: _edit_tensors(f, lambda t: t["remap"].__setitem__(0, 10**6)), "does not hold"),
+    "remap twice": (lambda f: _edit_tensors(f, lambda t: t["remap"].__setitem__(0, int(t["remap"][1]))), "does not"),
+    "runs fall": (lambda f: _edit_tensors(f, lambda t: t["run_starts"].__setitem__(1, 0)), "does not hold"),
+    "not finite": (lambda f: _edit_tensors(f, lambda t: t["alpha"].fill_(float("nan"))), "does not hold"),
+    "missing tensor": (lambda f: _edit_tensors(f, lambda t: t.pop("beta")), "does not hold"),
+    "other dtype": (lambda f: _edit_tensors(f, lambda t: t.update(payload=t["payload"].int())), "does not hold"),
+    "beta outside": (lambda f: _edit_tensors(f, lambda t: t["beta_offsets"].fill_(1000)), "does not hold"),
+    "short payload": (lambda f: _edit_tensors(f, lambda t: t.update(payload=t["payload"][:-64].clone())), "does not"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_artifacts_are_refused(tmp_path: Path, damage: str) -> None:
+    mpe.save(emitted(), tmp_path / "artifact")
+    apply, message = DAMAGE[damage]
+    apply(tmp_path / "artifact")
+    with pytest.raises(ValueError, match=message):
+        mpe.load(tmp_path / "artifact")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no manifest.json"):
+        mpe.load(tmp_path)
+    mpe.save(emitted(), tmp_path / "artifact")
+    (tmp_path / "artifact" / "tables-0.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tables-0.safetensors is missing"):
+        mpe.load(tmp_path / "artifact")
+
+
+def test_the_model_must_fit(tmp_path: Path) -> None:
+    mpe.save(emitted(), tmp_path / "artifact")
+    with pytest.raises(ValueError, match=r"sparse.ebc, the model has not"):
+        mpe.load(tmp_path / "artifact", nn.Linear(1, 1))
+    other = Model(EmbeddingBagCollection(tables()))
+    other.over = nn.Linear(17, 2)
+    with pytest.raises(ValueError, match=r"does not fit the model: over.bias, over.weight"):
+        mpe.load(tmp_path / "artifact", other)
