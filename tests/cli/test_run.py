@@ -45,22 +45,8 @@ SMALL = ["--dim", "8", "--batch-size", "64", "--resets", "1", "--quiet"]
 def test_whole_job(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, results = tmp_path / "out", tmp_path / "results.json"
     methods = ["fp32", "uniform:6", "cut:4:0.1", "rule:5", "mpe"]
-    code = main(
-        [
-            "run",
-            *csv_options(log),
-            "--out",
-            str(out),
-            "--method",
-            *methods,
-            *SMALL,
-            "--json",
-            str(results),
-            "--seed",
-            "0",
-            "1",
-        ]  # fmt: skip
-    )
+    options = [*csv_options(log), *SMALL, "--out", str(out), "--json", str(results), "--seed", "0", "1"]
+    code = main(["run", *options, "--method", *methods])
     printed = capsys.readouterr().out
     assert code == 0
     assert all(method in printed for method in methods) and "± " in printed

@@ -135,7 +135,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         self.mpe = nn.ModuleDict(quantizers)
         self.phase = phase
         self.row_initialization = initialization
-        # Set here and not defined on the class: the plain phase keeps TorchRec's own forward, which TorchScript compiles.
+        # Set here, not on the class: the plain phase keeps TorchRec's own forward, which TorchScript can compile.
         self.forward = self.quantized_forward
         self.reset_rows(initialization)
 
