@@ -27,6 +27,7 @@ say "installing torch $TORCH, ${fbgemm/==/ } and torchrec $TORCHREC into $VENV"
 # shellcheck disable=SC2086  # the arguments are words
 pip install --quiet $TORCH_PIP_ARGS "torch==$TORCH"
 pip install --quiet "$fbgemm" "torch==$TORCH"
-pip install --quiet --no-deps "torchrec==$TORCHREC"
 pip install --quiet "torch==$TORCH" tensordict "torchmetrics==1.0.3" tqdm pyre-extensions iopath setuptools wheel
 pip install --quiet --no-build-isolation -e ".[dev]"
+# Last: after it, pip would report the missing fbgemm-gpu at every install.
+pip install --quiet --no-deps "torchrec==$TORCHREC"
