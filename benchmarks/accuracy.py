@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ CIAO = [
     Entry("uniform:6", "uniform:6"),
     Entry("cut at 30x", "cut", cut_ratio=30),
     Entry("cut at 60x", "cut", cut_ratio=60),
-    Entry("mpe, lambda 2e-3", "mpe", search={"penalty_weight": 2e-3}),
+    Entry("mpe, lambda 1e-3", "mpe", search={"penalty_weight": 1e-3}),
     Entry("mpe, lambda 1e-2 (default)", "mpe"),
     Entry("mpe as in the paper, lambda 1e-5", "mpe", search={**PAPER, "penalty_weight": 1e-5}),
     Entry("mpe as in the paper, lambda 1e-4", "mpe", search={**PAPER, "penalty_weight": 1e-4}),
@@ -93,7 +92,7 @@ CIAO_GOALS = [
     Goal("rule:30", "fp32, 3 resets", 0.001, 29.7),
     Goal("rule:60", "fp32, 3 resets", 0.002, 59.4),
     Goal("rule:100", "fp32, 3 resets", 0.004, 99),
-    Goal("mpe, lambda 2e-3", "fp32, 3 resets", 0.002, 20),
+    Goal("mpe, lambda 1e-3", "fp32, 3 resets", 0.002, 20),
 ]
 
 
@@ -129,10 +128,14 @@ def _cut_fraction(data: PreparedDataset, dim: int, ratio: float) -> float:
 def run_all(entries: Sequence[Entry], folders: Sequence[str], processes: int) -> list[dict[str, Any]]:
     """Every entry with every seed; records in order of entries, then seeds."""
     jobs = [(entry, folder, seed) for entry in entries for seed, folder in enumerate(folders)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
-        running = [pool.submit(run_entry, *job) for job in jobs]
-        return [future.result() for future in tqdm(running, desc="methods x seeds", unit="run")]
+    # A fresh process each: a process group and its threads are left behind otherwise.
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        running = pool.imap(_run_job, jobs, chunksize=1)
+        return list(tqdm(running, total=len(jobs), desc="methods x seeds", unit="run"))
+
+
+def _run_job(job: tuple[Entry, str, int]) -> dict[str, Any]:
+    return run_entry(*job)
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

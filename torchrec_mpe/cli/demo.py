@@ -21,8 +21,8 @@ def run(options: argparse.Namespace) -> int:
     options.method = options.method or ["fp32", "rule:100", "mpe"]
     methods, job = check_options(options)
     with no_empty_folder(options.out), tempfile.TemporaryDirectory() as folder:
+        options.data = Path("generated log")
         log = Path(folder) / "generated-log.tsv"
         write_synthetic_log(log, rows=options.rows, progress=not options.quiet)
-        options.data = log
         data = prepare_criteo(log, options.out / "data", min_count=1, progress=not options.quiet)
         return compare(options, data, methods, job)

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted, 141 on a closed pipe."""
     # A job that is told to stop cleans up as after Ctrl-C: nothing half-written stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except (FileExistsError, ImportError) as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # The reader has gone (`| head`): what is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         where = f"{os.fspath(error.filename)}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")

@@ -49,11 +49,6 @@ class _QuantizeAndPool:
 
     def __call__(self, kernel: BaseBatchedEmbeddingBag, arguments: tuple[KeyedJaggedTensor], rows: Tensor) -> Tensor:
         features = arguments[0]
-        if features.variable_stride_per_key():
-            raise NotImplementedError(
-                f"features {', '.join(features.keys())}: variable batch size per feature is not supported in the "
-                "search and retrain phases; give every feature the same batch size"
-            )
         ids_per_feature = features.length_per_key()
         ids = features.values()
         if isinstance(kernel, BatchedDenseEmbeddingBag):
@@ -243,7 +238,16 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self.reset_rows(initialization)
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        """Lookup, quantize and pool, and output dist."""
+        """Lookup, quantize and pool, and output dist.
+
+        Raises:
+            NotImplementedError: in a prepared phase, for a batch of variable batch size per feature.
+        """
+        if self.phase is not Phase.PLAIN and ctx.variable_batch_per_feature:
+            raise NotImplementedError(
+                f"tables {', '.join(self._table_names)}: variable batch size per feature is not supported in the "
+                "search and retrain phases; give every feature the same batch size"
+            )
         awaitable = super().compute_and_output_dist(ctx, input)
         if self.phase is not Phase.PLAIN and torch.is_grad_enabled():
             awaitable.callbacks.append(self._touch_replicated)

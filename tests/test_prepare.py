@@ -1,0 +1,131 @@
+"""Phases of sharded models, in one process."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import torchrec_mpe as mpe
+from tests.distributed.equality import (
+    INITIALIZATION,
+    TW,
+    Case,
+    local_batch,
+    prepared_model,
+    shard,
+    tables,
+    two_steps,
+)
+from torchrec_mpe.modules import Phase
+from torchrec_mpe.training.process_group import process_group
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    with process_group(torch.device("cpu")):
+        yield
+    assert not dist.is_initialized()
+
+
+def adagrad(case: Case) -> DistributedModelParallel:
+    """Sharded with row-wise Adagrad, whose state a reset has to clear, and trained for two steps."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+
+    model = prepared_model(case)
+    sharders = mpe.sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1})
+    constraints = {t.name: ParameterConstraints(sharding_types=[TW], compute_kernels=["fused"]) for t in tables(case)}
+    planner = EmbeddingShardingPlanner(topology=Topology(world_size=1, compute_device="cpu"), constraints=constraints)
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "mpe." in n or "linear." in n}
+
+
+@pytest.mark.parametrize("phase", ["plain", "search", "retrain"])
+def test_reset_clears_rows_and_fused_optimizer_and_nothing_else(phase: str) -> None:
+    case = Case((TW,), phase=phase)
+    model = adagrad(case)
+    if phase == "plain":
+        mpe.reset_rows_(model, INITIALIZATION)
+    dense = [p for n, p in model.named_parameters() if "mpe." in n or "linear." in n]
+    two_steps(model, case, 0, 1, dense)
+    kept = learned(model)
+    kernels = list(model.module.ebc.kernels())
+    assert any(s.any() for k in kernels for states in k.emb_module.split_optimizer_states() for s in states)
+    mpe.reset_rows_(model, INITIALIZATION if phase == "plain" else None)
+    for table, row, column, values in model.module.ebc.local_shards():
+        expected = INITIALIZATION.fill_(torch.empty_like(values), table, row, column)
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+    assert not any(s.any() for k in kernels for states in k.emb_module.split_optimizer_states() for s in states)
+    assert all(int(k.emb_module.iter_cpu) == 0 and int(k.emb_module.iter) == 0 for k in kernels)
+    for name, value in learned(model).items():
+        torch.testing.assert_close(value, kept[name], rtol=0, atol=0)
+
+
+def test_training_after_a_reset_is_training_from_the_start() -> None:
+    case = Case((TW,), phase="retrain")
+    first, second = adagrad(case), adagrad(case)
+    features, _ = local_batch(7, case, 0, 1)
+    for _ in range(3):
+        second(features).sum().backward()
+    mpe.reset_rows_(second)
+    for model in (first, second):
+        model.zero_grad()
+        model(features).sum().backward()
+    for (_, _, _, a), (_, _, _, b) in zip(
+        first.module.ebc.local_shards(), second.module.ebc.local_shards(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_search_then_retrain_in_place() -> None:
+    model = adagrad(Case((TW,)))
+    plan = mpe.sample_precision(model)
+    assert mpe.prepare_retrain_(model, plan) is model
+    assert model.module.ebc.phase is Phase.RETRAIN
+    names = dict(model.named_parameters())
+    assert not any("gamma" in name for name in names)
+    state = model.state_dict()
+    assert "ebc.mpe.dim_8.alpha" in state and "ebc.embedding_bags.t0.weight" in state
+    with pytest.raises(ValueError, match="not in the search phase"):
+        mpe.bit_penalty(model)
+
+
+def test_order_of_steps_is_told() -> None:
+    plain = shard(prepared_model(Case((TW,), phase="plain")), Case((TW,), phase="plain"))
+    with pytest.raises(ValueError, match=r"the model is sharded: prepare it for the search before"):
+        mpe.prepare_search_(plain, {})
+    with pytest.raises(ValueError, match="prepare the model before sharding it"):
+        mpe.prepare_retrain_(plain, mpe.uniform_precision(tables(Case((TW,))), 4))
+    searching = adagrad(Case((TW,)))
+    with pytest.raises(KeyError, match="no bit-widths for table t1"):
+        mpe.prepare_retrain_(searching, mpe.uniform_precision([t for t in tables(Case((TW,))) if t.name != "t1"], 4))
+
+
+def test_what_torchrec_computes_wrongly_is_refused() -> None:
+    case = Case(("grid_shard",), mean=True)
+    model = prepared_model(case)
+    sharding = {t.name: type("Sharding", (), {"sharding_type": "grid_shard"})() for t in tables(case)}
+    with pytest.raises(ValueError, match="table t0 has mean pooling, which TorchRec computes wrongly under grid"):
+        mpe.ShardedMPEEmbeddingBagCollection(model.ebc, sharding, env=None)
+
+
+def test_variable_batch_per_feature_is_refused() -> None:
+    model = adagrad(Case((TW,)))
+    names = ["a", "b", "c", "d"]
+    features = KeyedJaggedTensor(
+        names,
+        torch.tensor([1, 2, 3, 4, 5]),
+        lengths=torch.tensor([1, 1, 1, 1, 1]),
+        stride_per_key_per_rank=[[2], [1], [1], [1]],
+        inverse_indices=(names, torch.tensor([[0, 1], [0, 0], [0, 0], [0, 0]])),
+    )
+    with pytest.raises(NotImplementedError, match="variable batch size per feature"):
+        model(features)

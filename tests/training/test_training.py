@@ -1,0 +1,68 @@
+"""Method names, evaluation by hand, and the models' inputs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_mpe import MPEEmbeddingBagCollection
+from torchrec_mpe.errors import UserError
+from torchrec_mpe.training.loop import evaluate
+from torchrec_mpe.training.methods import Method
+from torchrec_mpe.training.model import build_model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "numbers"),
+    [("fp32", "fp32", ()), ("uniform:6", "uniform", (6,)), ("cut:4:0.1", "cut", (4, 0.1)), ("rule:60", "rule", (60,))],
+)
+def test_method_names(name: str, kind: str, numbers: tuple[float, ...]) -> None:
+    assert Method.parse(name) == Method(name, kind, numbers)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "fp16", "fp32:1", "uniform", "uniform:x", "uniform:0", "cut:4", "rule:-3", "rule:nan"]
+)
+def test_unknown_methods(name: str) -> None:
+    with pytest.raises(UserError, match="method"):
+        Method.parse(name)
+
+
+class _Data:
+    """Two batches of given dense features and labels."""
+
+    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        assert split == "test"
+        kjt = KeyedJaggedTensor.from_lengths_sync(["f"], torch.zeros(2, dtype=torch.int64), torch.ones(2).long())
+        for scores, labels in (([0.0, 2.0], [0.0, 1.0]), ([2.0, -1.0], [0.0, 1.0])):
+            yield Batch(torch.tensor(scores).unsqueeze(1), kjt, torch.tensor(labels))
+
+
+class _First(nn.Module):
+    def forward(self, dense: Tensor, sparse: Any) -> Tensor:
+        return dense[:, :1]
+
+
+def test_auc_and_log_loss_by_hand() -> None:
+    """Positives score 2 and -1, negatives 0 and 2: 2 beats 0, ties with 2; -1 beats none. AUC (1 + 1/2) / 4."""
+    got = evaluate(_First(), _Data(), "test", torch.device("cpu"))  # type: ignore[arg-type]
+    assert got["auc"] == pytest.approx(1.5 / 4)
+    losses = [0.693147, 0.126928, 2.126928, 1.313262]  # softplus of 0, -2, 2 and 1
+    assert got["logloss"] == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dlrm", "dnn"])
+@pytest.mark.parametrize("dense", [0, 3])
+def test_models_take_dense_features_or_none(kind: Any, dense: int) -> None:
+    tables = [EmbeddingBagConfig(name=f"t_{f}", num_embeddings=5, embedding_dim=4, feature_names=[f]) for f in "ab"]
+    model = build_model(kind, tables, dense, device=torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, MPEEmbeddingBagCollection):
+            module.to_empty(device="cpu")  # what the sharder does
+    features = KeyedJaggedTensor.from_lengths_sync(["b", "a"], torch.tensor([1, 2, 3, 4]), torch.ones(4).long())
+    assert model(torch.zeros(2, dense), features).shape == (2, 1)
