@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained, tables
-from torchrec_mpe.inference.artifact import _sha256
+from torchrec_mpe.digest import file_sha256
 
 
 def emitted() -> nn.Module:
@@ -93,7 +93,7 @@ def _edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]
     save_file(tensors, file)
 
     def digest(document: dict[str, Any]) -> None:
-        document["collections"][0]["tensors"].update(bytes=file.stat().st_size, sha256=_sha256(file))
+        document["collections"][0]["tensors"].update(bytes=file.stat().st_size, sha256=file_sha256(file))
 
     _edit_manifest(folder, digest)
 

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchrec_mpe.text_table import text_table
+
 
 def result_table(records: Sequence[Mapping[str, Any]]) -> str:
     """One line a method: means over seeds, and the standard error of the AUC where there are several.
@@ -34,8 +36,4 @@ def result_table(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{statistics.fmean(r['seconds'] for r in rows):.0f}",
             ]
         )
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    return text_table(lines)

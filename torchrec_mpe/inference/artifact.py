@@ -1,6 +1,5 @@
 """An inference model as a folder: a manifest that people can read, and safetensors files."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from torchrec_mpe.atomic import atomic_directory
+from torchrec_mpe.digest import file_sha256
 from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.packing import PackedTables, TableShape, validate_packed_tables
 from torchrec_mpe.versions import __version__, installed_versions
@@ -146,15 +146,7 @@ def _write_collection(folder: Path, number: int, name: str, module: PackedEmbedd
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     # Copies: safetensors refuses tensors that share memory.
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, file)
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -179,7 +171,7 @@ def _read_tensors(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is incomplete: {name} is missing")
-    if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+    if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
         raise ValueError(f"{file} is damaged: its size or digest is not the manifest's")
     try:
         return load_file(file)

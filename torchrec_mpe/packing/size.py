@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.layout import TableLayout, lay_out
 from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.text_table import text_table
 
 _FP32 = 4
 _INT32 = 4
@@ -90,14 +91,7 @@ class SizeReport(ByteCounts):
         for table in self.tables:
             lines.append((table.name, str(table.num_embeddings), str(table.embedding_dim), *_columns(table)))
         lines.append(("all", str(sum(table.num_embeddings for table in self.tables)), "", *_columns(self)))
-        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if k == 0 else cell.rjust(width)
-                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        return text_table(lines)
 
 
 def packed_bytes(

@@ -52,6 +52,10 @@ class _RankedTables:
             )
         return widths
 
+    def packed_bytes(self, widths: Mapping[str, TableBitWidths]) -> int:
+        """The exact bytes of tables packed at these widths."""
+        return packed_bytes(widths, learned_zero_rows=self.zero_row == "learned").total
+
     def plan(
         self, widths: Mapping[str, TableBitWidths], candidate_bits: tuple[int, ...], method: str, **settings: Any
     ) -> PrecisionPlan:
@@ -154,7 +158,7 @@ def precision_from_frequencies(
     target = bytes if bytes is not None else fp32_bytes / (ratio or 1)
 
     def size(offset: float) -> int:
-        return packed_bytes(ranked.widths(lambda name: _rule_segments(ranked.counts[name], offset))).total
+        return ranked.packed_bytes(ranked.widths(lambda name: _rule_segments(ranked.counts[name], offset)))
 
     low, high = _offset_range(ranked.counts.values())
     for _ in range(60):
@@ -167,7 +171,7 @@ def precision_from_frequencies(
     widths = ranked.widths(lambda name: _rule_segments(ranked.counts[name], low))
     wider = ranked.widths(lambda name: _rule_segments(ranked.counts[name], high))
     widths = _between(ranked, widths, wider, target)
-    reached = packed_bytes(widths).total
+    reached = ranked.packed_bytes(widths)
     if abs(reached - target) > 0.01 * target:
         smallest, largest = (
             size(_offset_range(ranked.counts.values())[0]),
@@ -214,7 +218,7 @@ def _between(
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if packed_bytes(mixed(middle)).total > target:
+        if ranked.packed_bytes(mixed(middle)) > target:
             high = middle
         else:
             low = middle

@@ -1,6 +1,5 @@
 """PrecisionPlan: the bit-width of every row of every table, as a file that people can read."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,9 +13,11 @@ from torch import Tensor
 
 from torchrec_mpe.atomic import atomic_file
 from torchrec_mpe.bit_widths import TableBitWidths, check_candidate_bits
+from torchrec_mpe.digest import file_sha256
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.packing import SizeReport, packed_bytes
 from torchrec_mpe.quantizer.search_config import ZeroRow
+from torchrec_mpe.text_table import text_table
 from torchrec_mpe.versions import installed_versions
 
 _FORMAT = "torchrec_mpe.precision_plan"
@@ -94,7 +95,7 @@ class PrecisionPlan:
             sidecar = _ranks_path(path)
             with atomic_file(sidecar) as temporary:
                 save_file(ranks, temporary)
-            document["ranks_sha256"] = _sha256(sidecar)
+            document["ranks_sha256"] = file_sha256(sidecar)
         with atomic_file(path) as temporary:
             temporary.write_text(_readable_json(document))
 
@@ -155,26 +156,11 @@ class PrecisionPlan:
                 f"{report.compression_ratio:.1f}x",
             ]
         )
-        columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if k == 0 else cell.rjust(width)
-                for k, (cell, width) in enumerate(zip(line, columns, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return text_table(lines)
 
 
 def _ranks_path(path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(path)}.ranks.safetensors")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _readable_json(document: Mapping[str, Any]) -> str:
@@ -205,7 +191,7 @@ def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) ->
         sidecar = _ranks_path(path)
         if not sidecar.exists():
             raise FileNotFoundError(f"{path} needs {sidecar.name} beside it, the frequency rank of every row")
-        if _sha256(sidecar) != document["ranks_sha256"]:
+        if file_sha256(sidecar) != document["ranks_sha256"]:
             raise ValueError(f"{sidecar} does not belong to it: the digest differs")
         try:
             ranks = load_file(sidecar)
