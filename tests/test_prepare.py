@@ -129,3 +129,17 @@ def test_variable_batch_per_feature_is_refused() -> None:
     )
     with pytest.raises(NotImplementedError, match="variable batch size per feature"):
         model(features)
+
+
+def test_nothing_changes_if_one_collection_cannot_enter() -> None:
+    first, second = prepared_model(Case((TW,), phase="plain")), prepared_model(Case((TW,), phase="plain"))
+    for table in second.ebc.embedding_bag_configs():
+        table.name = f"other_{table.name}"
+    second.ebc = mpe.MPEEmbeddingBagCollection(second.ebc.embedding_bag_configs())
+    model = nn.ModuleList([first, second])
+    before = first.ebc.embedding_bags["t0"].weight.detach().clone()
+    counts = {t.name: torch.ones(t.num_embeddings, dtype=torch.int64) for t in tables(Case((TW,)))}
+    with pytest.raises(KeyError, match="other_t0"):
+        mpe.prepare_search_(model, counts)
+    assert first.ebc.phase is Phase.PLAIN and second.ebc.phase is Phase.PLAIN
+    torch.testing.assert_close(first.ebc.embedding_bags["t0"].weight, before, rtol=0, atol=0)

@@ -9,7 +9,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.modules import MPEEmbeddingBagCollection
+from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.precision import PrecisionPlan
 from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig
 
@@ -46,7 +46,12 @@ def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: Sear
             "the model is sharded: prepare it for the search before DistributedModelParallel, whose TBEs pool rows of "
             f"{', '.join(t.name for t in sharded.embedding_bag_configs())} otherwise"
         )
-    return _replace_collections(model, lambda collection: collection.prepare_search(counts, settings))
+    return _enter_phase(
+        model,
+        Phase.SEARCH,
+        settings.initialization,
+        lambda collection: collection.search_quantizers(counts, settings),
+    )
 
 
 def prepare_retrain_(model: nn.Module, plan: PrecisionPlan) -> nn.Module:
@@ -72,9 +77,11 @@ def prepare_retrain_(model: nn.Module, plan: PrecisionPlan) -> nn.Module:
     elif any(True for _ in _sharded_collections(model)):
         _retrain_sharded(model, plan)
     else:
-        return _replace_collections(
+        return _enter_phase(
             model,
-            lambda collection: collection.prepare_retrain(
+            Phase.RETRAIN,
+            plan.initialization,
+            lambda collection: collection.retrain_quantizers(
                 plan.tables, plan.candidate_bits, plan.initialization, plan.zero_row == "learned"
             ),
         )
@@ -108,51 +115,64 @@ def _sharded_collections(model: nn.Module) -> Iterator[tuple[str, ShardedMPEEmbe
             yield name, module
 
 
-def _replace_collections(model: nn.Module, enter: Callable[[MPEEmbeddingBagCollection], None]) -> nn.Module:
+def _enter_phase(
+    model: nn.Module,
+    phase: Phase,
+    initialization: RowInitialization,
+    build: Callable[[MPEEmbeddingBagCollection], dict[int, RowQuantizer]],
+) -> nn.Module:
     """Swap plain collections for ours and let each enter a phase; nothing changes if one cannot."""
-    found = {
-        name: module
+    collections = {
+        name: module if isinstance(module, MPEEmbeddingBagCollection) else MPEEmbeddingBagCollection.from_plain(module)
         for name, module in model.named_modules()
         if type(module) is EmbeddingBagCollection or isinstance(module, MPEEmbeddingBagCollection)
     }
-    if not found:
+    if not collections:
         raise ValueError(f"{type(model).__name__} holds no EmbeddingBagCollection")
-    replaced: dict[str, MPEEmbeddingBagCollection] = {}
-    for name, module in found.items():
-        ours = module if isinstance(module, MPEEmbeddingBagCollection) else MPEEmbeddingBagCollection.from_plain(module)
-        enter(ours)
-        replaced[name] = ours
-    for name, ours in replaced.items():
+    quantizers = {name: build(collection) for name, collection in collections.items()}
+    for name, collection in collections.items():
+        collection.enter(phase, quantizers[name], initialization)
         if name == "":
-            return ours
+            return collection
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, ours)
+        setattr(model.get_submodule(parent), attribute, collection)
     return model
 
 
 def _retrain_sharded(model: nn.Module, plan: PrecisionPlan) -> None:
-    for _, sharded in _sharded_collections(model):
-        quantizers: dict[int, RowQuantizer] = {}
-        for dim, previous in sharded.quantizers().items():
-            missing = [table for table in previous.table_number if table not in plan.tables]
-            if missing:
-                raise KeyError(f"the precision plan has no bit-widths for table {', '.join(missing)}")
-            quantizer = RetrainQuantizer(
-                {table: plan.tables[table] for table in previous.table_number},
-                dim,
-                plan.candidate_bits,
-                plan.initialization,
-                plan.zero_row == "learned",
-                previous.alpha.device,
-            )
-            if quantizer.first_row != previous.first_row or quantizer.num_rows != previous.num_rows:
-                raise ValueError(
-                    f"the precision plan's tables of dimension {dim} have other sizes than the model's: "
-                    f"{', '.join(previous.table_number)}"
-                )
-            quantizer.load_from(previous)
-            quantizers[dim] = quantizer
+    """Fix the bit-widths of all sharded collections; nothing changes if one cannot."""
+    collections = [sharded for _, sharded in _sharded_collections(model)]
+    built = [_retrain_quantizers(sharded, plan) for sharded in collections]
+    for sharded, quantizers in zip(collections, built, strict=True):
         sharded.enter_retrain(quantizers, plan.initialization)
+
+
+def _retrain_quantizers(sharded: ShardedMPEEmbeddingBagCollection, plan: PrecisionPlan) -> dict[int, RowQuantizer]:
+    if sharded.phase is Phase.PLAIN:
+        raise ValueError(
+            "a collection sharded in the plain phase has TBEs that pool: prepare the model before sharding it"
+        )
+    quantizers: dict[int, RowQuantizer] = {}
+    for dim, previous in sharded.quantizers().items():
+        missing = [table for table in previous.table_number if table not in plan.tables]
+        if missing:
+            raise KeyError(f"the precision plan has no bit-widths for table {', '.join(missing)}")
+        quantizer = RetrainQuantizer(
+            {table: plan.tables[table] for table in previous.table_number},
+            dim,
+            plan.candidate_bits,
+            plan.initialization,
+            plan.zero_row == "learned",
+            previous.alpha.device,
+        )
+        if quantizer.first_row != previous.first_row or quantizer.num_rows != previous.num_rows:
+            raise ValueError(
+                f"the precision plan's tables of dimension {dim} have other sizes than the model's: "
+                f"{', '.join(previous.table_number)}"
+            )
+        quantizer.load_from(previous)
+        quantizers[dim] = quantizer
+    return quantizers
 
 
 def _rewrap_data_parallel(model: DistributedModelParallel, change: Callable[[], None]) -> None:

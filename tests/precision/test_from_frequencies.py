@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_mpe import cut_precision, precision_from_frequencies, uniform_precision
 from torchrec_mpe.precision.from_frequencies import _rule_segments
@@ -61,6 +62,18 @@ def test_unseen_rows_get_no_bits() -> None:
     counts = {"a": torch.tensor([0, 9, 0, 100, 5] * 200)}
     plan = precision_from_frequencies(counts, [config("a", 1000)], ratio=12)
     assert not plan.tables["a"].of_rows()[counts["a"] == 0].any()
+
+
+def test_a_model_stands_for_its_tables() -> None:
+    tables = [config("a", 3000), config("b", 500)]
+    counts = {t.name: (3e3 / torch.arange(1, t.num_embeddings + 1)).long() for t in tables}
+    model = torch.nn.Sequential(EmbeddingBagCollection(tables))
+    by_model, by_tables = (precision_from_frequencies(counts, m, ratio=20) for m in (model, tables))
+    assert by_model.tables == by_tables.tables
+    assert uniform_precision(model, 3).tables == uniform_precision(tables, 3).tables
+    assert cut_precision(counts, model, 4, 0.2).tables == cut_precision(counts, tables, 4, 0.2).tables
+    with pytest.raises(KeyError, match="no counts for table b; counted tables: a"):
+        precision_from_frequencies({"a": counts["a"]}, model, ratio=20)
 
 
 def test_targets_out_of_reach_are_told() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
@@ -118,10 +119,18 @@ def check_options(options: argparse.Namespace) -> tuple[list[Method], Job]:
         resets=options.resets,
         search=SearchConfig(grouping=options.grouping, penalty=options.penalty_kind, penalty_weight=options.penalty),
         hyperparameters=Hyperparameters(batch_size=options.batch_size),
-        device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         progress=not options.quiet,
     )
     return methods, job
+
+
+def _device(kind: str) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequence[Method], job: Job) -> int:

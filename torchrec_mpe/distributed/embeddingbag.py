@@ -228,10 +228,6 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def enter_retrain(self, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Go from the search to the retrain phase in place; the TBEs and their sharding stay."""
-        if self.phase is Phase.PLAIN:
-            raise ValueError(
-                "a collection sharded in the plain phase has TBEs that pool: prepare the model before sharding it"
-            )
         self.mpe = nn.ModuleDict({f"dim_{dim}": q for dim, q in quantizers.items()}).to(self._device)
         self.phase = Phase.RETRAIN
         self.row_initialization = initialization
@@ -284,7 +280,8 @@ def _clear_fused_optimizer(tbe: nn.Module) -> None:
             state.zero_()
     tbe.reset_cache_states()  # without a flush: cached rows are those from before
     tbe.set_optimizer_step(0)
-    tbe.iter_cpu.zero_()
+    if hasattr(tbe, "iter_cpu"):  # newer FBGEMM counts on the host as well
+        tbe.iter_cpu.zero_()
 
 
 class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):

@@ -76,8 +76,8 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         collection.train(module.training)
         return collection
 
-    def prepare_search(self, counts: Mapping[str, Tensor], config: SearchConfig) -> None:
-        """Enter the search phase: rows at their initial values, uniform probabilities.
+    def search_quantizers(self, counts: Mapping[str, Tensor], config: SearchConfig) -> dict[int, RowQuantizer]:
+        """Quantizers by embedding dimension for :meth:`enter`, with uniform probabilities.
 
         Args:
             counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
@@ -89,31 +89,35 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         """
         self._refuse_unsupported()
         for table in self.embedding_bag_configs():
+            if table.name not in counts:
+                raise KeyError(
+                    f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}"
+                )
             if len(counts[table.name]) != table.num_embeddings:
                 raise ValueError(
                     f"table {table.name} has {table.num_embeddings} rows, its counts {len(counts[table.name])}"
                 )
-        quantizers: dict[str, RowQuantizer] = {}
+        quantizers: dict[int, RowQuantizer] = {}
         for dim, tables in self._tables_by_dim().items():
-            quantizers[_key(dim)] = SearchQuantizer(
+            quantizers[dim] = SearchQuantizer(
                 _groups({t.name: counts[t.name].cpu() for t in tables}, config),
                 {t.name: t.num_embeddings for t in tables},
                 dim,
                 config,
                 self.device,
             )
-        self._enter(Phase.SEARCH, quantizers, config.initialization)
+        return quantizers
 
-    def prepare_retrain(
+    def retrain_quantizers(
         self,
         widths: Mapping[str, TableBitWidths],
         candidate_bits: Iterable[int],
         initialization: RowInitialization,
         learn_zero_row: bool,
-    ) -> None:
-        """Enter the retrain phase: rows at their initial values, bit-widths fixed.
+    ) -> dict[int, RowQuantizer]:
+        """Quantizers by embedding dimension for :meth:`enter`, with fixed bit-widths.
 
-        Step sizes, offset and 0-bit vectors of a search phase before it are kept.
+        They take over step sizes, offset and 0-bit vectors of the present phase.
 
         Raises:
             ValueError: weighted mean pooling, a data type other than FP32, or widths of another shape.
@@ -121,18 +125,19 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         """
         self._refuse_unsupported()
         bits = tuple(candidate_bits)
-        quantizers: dict[str, RowQuantizer] = {}
+        quantizers: dict[int, RowQuantizer] = {}
         for dim, tables in self._tables_by_dim().items():
             selected = {t.name: _widths_of(t, widths) for t in tables}
             quantizer = RetrainQuantizer(selected, dim, bits, initialization, learn_zero_row, self.device)
             previous = self.quantizers().get(dim)
             if previous is not None:
                 quantizer.load_from(previous)
-            quantizers[_key(dim)] = quantizer
-        self._enter(Phase.RETRAIN, quantizers, initialization)
+            quantizers[dim] = quantizer
+        return quantizers
 
-    def _enter(self, phase: Phase, quantizers: Mapping[str, RowQuantizer], initialization: RowInitialization) -> None:
-        self.mpe = nn.ModuleDict(quantizers)
+    def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
+        """Enter the search or retrain phase, rows at their initial values."""
+        self.mpe = nn.ModuleDict({f"dim_{dim}": quantizer for dim, quantizer in quantizers.items()})
         self.phase = phase
         self.row_initialization = initialization
         # Set here, not on the class: the plain phase keeps TorchRec's own forward, which TorchScript can compile.
@@ -223,10 +228,6 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     f"table {table.name} has data type {table.data_type.value}: rows are trained in FP32 and packed "
                     "to their bit-widths afterwards"
                 )
-
-
-def _key(dim: int) -> str:
-    return f"dim_{dim}"
 
 
 def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups:

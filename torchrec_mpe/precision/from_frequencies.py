@@ -6,10 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.frequency.counter import embedding_bag_configs
 from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.packing import packed_bytes
@@ -35,6 +36,10 @@ class _RankedTables:
         self.ranks: dict[str, Tensor | None] = {}
         self.counts: dict[str, Tensor] = {}
         for table in tables:
+            if table.name not in counts:
+                raise KeyError(
+                    f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}"
+                )
             table_counts = counts[table.name].cpu()
             if len(table_counts) != table.num_embeddings:
                 raise ValueError(f"table {table.name} has {table.num_embeddings} rows, its counts {len(table_counts)}")
@@ -63,16 +68,21 @@ class _RankedTables:
         return PrecisionPlan(widths, candidate_bits, self.zero_row, self.initialization, provenance)
 
 
+def _tables(model: nn.Module | Sequence[EmbeddingBagConfig]) -> Sequence[EmbeddingBagConfig]:
+    return embedding_bag_configs(model) if isinstance(model, nn.Module) else model
+
+
 def uniform_precision(
-    tables: Sequence[EmbeddingBagConfig], bits: int, *, initialization: RowInitialization | None = None
+    model: nn.Module | Sequence[EmbeddingBagConfig], bits: int, *, initialization: RowInitialization | None = None
 ) -> PrecisionPlan:
     """Every row of every table at the same bit-width, 1 to 8.
 
     Args:
-        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        model (Union[nn.Module, Sequence[EmbeddingBagConfig]]): a model with EmbeddingBagCollections, or its tables.
         bits (int): the bit-width.
         initialization (Optional[RowInitialization]): of the rows.
     """
+    tables = _tables(model)
     widths = {t.name: TableBitWidths(t.num_embeddings, t.embedding_dim, (0, t.num_embeddings), (bits,)) for t in tables}
     provenance = {"method": "uniform", "bits": bits}
     return PrecisionPlan(widths, (bits,), "zero", initialization or RowInitialization(), provenance)
@@ -80,7 +90,7 @@ def uniform_precision(
 
 def cut_precision(
     counts: Mapping[str, Tensor],
-    tables: Sequence[EmbeddingBagConfig],
+    model: nn.Module | Sequence[EmbeddingBagConfig],
     bits: int,
     fraction: float,
     *,
@@ -91,7 +101,7 @@ def cut_precision(
 
     Args:
         counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
-        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        model (Union[nn.Module, Sequence[EmbeddingBagConfig]]): a model with EmbeddingBagCollections, or its tables.
         bits (int): the bit-width of the kept rows, 1 to 8.
         fraction (float): in (0, 1]; at least one row is kept.
         initialization (Optional[RowInitialization]): of the rows.
@@ -99,6 +109,7 @@ def cut_precision(
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction of rows to keep must lie in (0, 1], got {fraction}")
+    tables = _tables(model)
     ranked = _RankedTables(counts, tables, initialization, zero_row)
     every_count = torch.cat([ranked.counts[t.name] for t in tables])
     keep = max(1, round(fraction * len(every_count)))
@@ -119,7 +130,7 @@ def _head_and_tail(head: int, rows: int, bits: int) -> tuple[list[int], list[int
 
 def precision_from_frequencies(
     counts: Mapping[str, Tensor],
-    tables: Sequence[EmbeddingBagConfig],
+    model: nn.Module | Sequence[EmbeddingBagConfig],
     *,
     ratio: float | None = None,
     bytes: int | None = None,
@@ -134,7 +145,7 @@ def precision_from_frequencies(
 
     Args:
         counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
-        tables (Sequence[EmbeddingBagConfig]): the model's tables.
+        model (Union[nn.Module, Sequence[EmbeddingBagConfig]]): a model with EmbeddingBagCollections, or its tables.
         ratio (Optional[float]): target compression against FP32 rows, for example 100; give this or ``bytes``.
         bytes (Optional[int]): target bytes of all packed tables.
         initialization (Optional[RowInitialization]): of the rows.
@@ -148,11 +159,12 @@ def precision_from_frequencies(
 
     Example::
 
-        plan = precision_from_frequencies(counts, ebc.embedding_bag_configs(), ratio=100)
+        plan = precision_from_frequencies(counts, model, ratio=100)
         prepare_retrain_(model, plan)
     """
     if (ratio is None) == (bytes is None):
         raise ValueError("give either ratio or bytes")
+    tables = _tables(model)
     ranked = _RankedTables(counts, tables, initialization, zero_row)
     fp32_bytes = sum(4 * t.num_embeddings * t.embedding_dim for t in tables)
     target = bytes if bytes is not None else fp32_bytes / (ratio or 1)
