@@ -5,9 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Extra arguments for pip where torch is installed, such as --index-url for a CPU-only build of torch.
 TORCH_PIP_ARGS ?=
-DEMO_OUT ?= demo-output
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format clean
 
 setup: $(VENV)/.installed
 
@@ -17,8 +16,8 @@ $(VENV)/.installed: pyproject.toml tools/install.sh
 	@touch $@
 
 demo: setup
-	@rm -rf "$(DEMO_OUT)"
-	$(BIN)/torchrec-mpe demo --out "$(DEMO_OUT)"
+	@rm -rf demo-output
+	$(BIN)/torchrec-mpe demo --out demo-output
 
 test: setup
 	$(BIN)/python -m pytest

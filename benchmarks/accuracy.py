@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import multiprocessing
-import platform
 import statistics
 import tempfile
 import warnings
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from torchrec_mpe.atomic import atomic_file
 from torchrec_mpe.data import PreparedDataset, prepare_criteo, prepare_csv, write_synthetic_log
+from torchrec_mpe.hardware import cpu_name
 from torchrec_mpe.precision import cut_precision
 from torchrec_mpe.training.methods import Job, Method, run_method
 from torchrec_mpe.training.model import table_configs
@@ -223,7 +223,7 @@ def main() -> None:
             records, goals = run_all(CIAO, folders, options.processes), CIAO_GOALS
     summary = summarize(records)
     if options.json:
-        document = {"machine": platform.processor() or platform.machine(), "versions": installed_versions()}
+        document = {"machine": cpu_name(), "versions": installed_versions()}
         with atomic_file(options.json) as file:
             file.write_text(json.dumps([{**r, **document} for r in records], indent=1) + "\n")
     print(table(summary))

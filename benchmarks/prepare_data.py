@@ -27,6 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torchrec_mpe.hardware import cpu_name
+
 FULL_ROWS = 46_000_000
 BLOCK_ROWS = 100_000
 # Different values of C1..C26 in Criteo's Kaggle log, and which of C1..C26 and I1..I13 are often missing there.
@@ -133,14 +135,6 @@ def extrapolate(small: dict[str, float], large: dict[str, float], rows: int) -> 
     }
 
 
-def _cpu() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=5_000_000, help="rows of the largest log (default: 5 million)")
@@ -160,7 +154,7 @@ def main() -> None:
     whole = extrapolate(results[-2], results[-1], FULL_ROWS)
 
     packages = {name: version(name) for name in ("polars", "pyarrow", "numpy", "torch")}
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **packages}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{'rows':>12} {'values':>12} {'text GB':>8} {'seconds':>8} {'rows/s':>9} {'peak GB':>8}")
     for row in results:

@@ -9,7 +9,7 @@ from torch import Tensor
 MAX_BITS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TableBitWidths:
     """One bit-width, 0 to 8, per segment of frequency ranks of a table.
 
@@ -53,6 +53,18 @@ class TableBitWidths:
                 raise ValueError(f"ranks must lie in [0, {self.num_embeddings})")
             if bool((torch.bincount(ranks, minlength=self.num_embeddings) != 1).any()):
                 raise ValueError(f"ranks must be a permutation of 0 to {self.num_embeddings - 1}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TableBitWidths):
+            return NotImplemented
+        mine = (self.num_embeddings, self.embedding_dim, self.bounds, self.bits)
+        if mine != (other.num_embeddings, other.embedding_dim, other.bounds, other.bits):
+            return False
+        if self.ranks is None or other.ranks is None:
+            return self.ranks is other.ranks
+        return torch.equal(self.ranks, other.ranks)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def of_rows(self) -> Tensor:
         """The bit-width of every row, uint8 [num_embeddings], indexed by row id."""

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.frequency import embedding_bag_configs
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.modules.embedding_bag_collection import widths_of
 from torchrec_mpe.precision import PrecisionPlan
 from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig
 
@@ -34,7 +37,7 @@ def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: Sear
 
     Example::
 
-        counts = count_frequencies(batches, model)
+        counts = count_frequencies(batches, model).merge_across_ranks()
         prepare_search_(model, counts, SearchConfig(penalty_weight=1e-2))
         model = DistributedModelParallel(model, sharders=sharders(fused_params), ...)
         for batch in batches:
@@ -98,15 +101,36 @@ def reset_rows_(model: nn.Module, initialization: RowInitialization | None = Non
         initialization (Optional[RowInitialization]): needed in the plain phase; the phase's own by default.
 
     Raises:
-        ValueError: if a collection is in the plain phase and no initialization is given.
+        ValueError: if a collection is in the plain phase and no initialization is given, or is TorchRec's own; nothing
+            is reset then.
     """
-    for module in model.modules():
-        if isinstance(module, MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection):
-            chosen = initialization or module.row_initialization
-            if chosen is None:
-                raise ValueError("the model is in the plain phase: say which initial values its rows go back to")
-            module.reset_rows(chosen)
+    collections = [
+        module
+        for module in model.modules()
+        if isinstance(module, MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection)
+    ]
+    _refuse_stock_collections(model)
+    if not collections:
+        raise ValueError(f"{type(model).__name__} holds no MPEEmbeddingBagCollection")
+    chosen = [initialization or module.row_initialization for module in collections]
+    for values in chosen:
+        if values is None:
+            raise ValueError("the model is in the plain phase: say which initial values its rows go back to")
+    for module, values in zip(collections, chosen, strict=True):
+        if values is not None:
+            module.reset_rows(values)
     return model
+
+
+def _refuse_stock_collections(model: nn.Module) -> None:
+    """TorchRec's own sharded collections cannot be told from here to reset or quantize their rows."""
+    for name, module in model.named_modules():
+        ours = isinstance(module, MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection)
+        if isinstance(module, EmbeddingBagCollection | ShardedEmbeddingBagCollection) and not ours:
+            raise ValueError(
+                f"collection {name or type(module).__name__} is TorchRec's own {type(module).__name__}: use "
+                "MPEEmbeddingBagCollection and shard it with torchrec_mpe.sharders()"
+            )
 
 
 def _sharded_collections(model: nn.Module) -> Iterator[tuple[str, ShardedMPEEmbeddingBagCollection]]:
@@ -122,26 +146,42 @@ def _enter_phase(
     build: Callable[[MPEEmbeddingBagCollection], dict[int, RowQuantizer]],
 ) -> nn.Module:
     """Swap plain collections for ours and let each enter a phase; nothing changes if one cannot."""
-    collections = {
-        name: module if isinstance(module, MPEEmbeddingBagCollection) else MPEEmbeddingBagCollection.from_plain(module)
-        for name, module in model.named_modules()
+    # A collection may be reached under several names, all of which are replaced.
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
         if type(module) is EmbeddingBagCollection or isinstance(module, MPEEmbeddingBagCollection)
     }
-    if not collections:
+    if not found:
         raise ValueError(f"{type(model).__name__} holds no EmbeddingBagCollection")
-    quantizers = {name: build(collection) for name, collection in collections.items()}
-    for name, collection in collections.items():
-        collection.enter(phase, quantizers[name], initialization)
+    embedding_bag_configs(model)  # refuses a table name that two collections use
+    ours = {
+        id(module): module
+        if isinstance(module, MPEEmbeddingBagCollection)
+        else MPEEmbeddingBagCollection.from_plain(module)
+        for module in found.values()
+    }
+    quantizers = {key: build(collection) for key, collection in ours.items()}
+    for key, collection in ours.items():
+        collection.enter(phase, quantizers[key], initialization)
+    for name, module in found.items():
         if name == "":
-            return collection
+            return ours[id(module)]
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, collection)
+        setattr(model.get_submodule(parent), attribute, ours[id(module)])
     return model
 
 
 def _retrain_sharded(model: nn.Module, plan: PrecisionPlan) -> None:
     """Fix the bit-widths of all sharded collections; nothing changes if one cannot."""
+    _refuse_stock_collections(model)
     collections = [sharded for _, sharded in _sharded_collections(model)]
+    unsharded = [name for name, module in model.named_modules() if isinstance(module, MPEEmbeddingBagCollection)]
+    if unsharded or not collections:
+        raise ValueError(
+            f"{type(model).__name__} holds {', '.join(unsharded) or 'no collection'} unsharded: give "
+            "torchrec_mpe.sharders() to DistributedModelParallel and to the planner"
+        )
     built = [_retrain_quantizers(sharded, plan) for sharded in collections]
     for sharded, quantizers in zip(collections, built, strict=True):
         sharded.enter_retrain(quantizers, plan.initialization)
@@ -154,22 +194,14 @@ def _retrain_quantizers(sharded: ShardedMPEEmbeddingBagCollection, plan: Precisi
         )
     quantizers: dict[int, RowQuantizer] = {}
     for dim, previous in sharded.quantizers().items():
-        missing = [table for table in previous.table_number if table not in plan.tables]
-        if missing:
-            raise KeyError(f"the precision plan has no bit-widths for table {', '.join(missing)}")
         quantizer = RetrainQuantizer(
-            {table: plan.tables[table] for table in previous.table_number},
+            {t.name: widths_of(t, plan.tables) for t in sharded.embedding_bag_configs() if t.embedding_dim == dim},
             dim,
             plan.candidate_bits,
             plan.initialization,
             plan.zero_row == "learned",
             previous.alpha.device,
         )
-        if quantizer.first_row != previous.first_row or quantizer.num_rows != previous.num_rows:
-            raise ValueError(
-                f"the precision plan's tables of dimension {dim} have other sizes than the model's: "
-                f"{', '.join(previous.table_number)}"
-            )
         quantizer.load_from(previous)
         quantizers[dim] = quantizer
     return quantizers

@@ -103,7 +103,8 @@ def prepared_model(case: Case) -> nn.Module:
         )
         mpe.prepare_search_(model, counts, config)
     elif case.phase == "retrain":
-        plan = mpe.cut_precision(counts, tables(case), 3, 0.5, initialization=init)
+        # At 1 bit many values lie outside the code range, where beta has a gradient.
+        plan = mpe.cut_precision(counts, tables(case), 1, 0.5, initialization=init)
         mpe.prepare_retrain_(model, plan)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -216,6 +217,10 @@ CASES = [
     Case((RW,), weighted=True, phase="retrain"),
     Case((RW,), grouping="paper", zero_row="zero"),
     Case((TW, RW, RW, TW), phase="search, then retrain"),
+    Case((CW,)),
+    Case((CW,), phase="retrain"),
+    Case((DP,), kernel="dense"),
+    Case((DP,), kernel="dense", phase="retrain", mean=True),
     Case((TW,), phase="plain"),
     Case((RW,), phase="plain"),
 ]

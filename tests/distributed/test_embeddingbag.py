@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.equality import CASES, Case, in_one_process, on_ranks, tables
+from tests.distributed.equality import CASES, DP, Case, in_one_process, on_ranks, tables
 from tests.distributed.ranks import run_on_ranks
 
 
@@ -34,11 +34,19 @@ def test_two_ranks_equal_one_process(case: Case, results: dict[Case, list[dict[s
             part = np.s_[row : row + values.shape[0], column : column + values.shape[1]]
             np.testing.assert_allclose(values, expected["rows"][table][part], rtol=0, atol=3e-6, err_msg=table)
             seen[table][part] += 1
-    assert all((count == 1).all() for count in seen.values()), "shards must cover every table once"
+    copies = 2 if case.sharding == (DP,) else 1
+    assert all((count == copies).all() for count in seen.values()), "shards must cover every table"
 
 
-def test_search_gradients_are_not_trivial(results: dict[Case, list[dict[str, Any]]]) -> None:
-    gradients = results[CASES[0]][0]["gradients"]
+@pytest.mark.parametrize("case", [case for case in CASES if case.phase != "plain"], ids=str)
+def test_gradients_are_not_trivial(case: Case, results: dict[Case, list[dict[str, Any]]]) -> None:
+    gradients = results[case][0]["gradients"]
     quantizer = {name: g for name, g in gradients.items() if "mpe." in name}
-    assert {name.rsplit(".", 1)[1] for name in quantizer} == {"alpha", "beta", "gamma", "zero_rows"}
-    assert all(np.abs(g).max() > 1e-8 for g in quantizer.values())
+    expected = {"alpha", "beta"}
+    expected |= {"gamma"} if case.phase == "search" else set()
+    expected |= {"zero_rows"} if case.zero_row == "learned" else set()
+    assert {name.rsplit(".", 1)[1] for name in quantizer} == expected
+    for name, gradient in quantizer.items():
+        # After a search of no steps all widths are large: no value lies outside its range, and no row has 0 bits.
+        if not (case.phase == "search, then retrain" and name.endswith(("beta", "zero_rows"))):
+            assert np.abs(gradient).max() > 1e-8, name

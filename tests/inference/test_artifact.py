@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained, tables
 from torchrec_mpe.digest import file_sha256
+from torchrec_mpe.packing import TableToPack, pack_tables
 
 
 def emitted() -> nn.Module:
@@ -166,3 +169,30 @@ def test_the_model_must_fit(tmp_path: Path) -> None:
     other.over = nn.Linear(17, 2)
     with pytest.raises(ValueError, match=r"does not fit the model: over.bias, over.weight"):
         mpe.load(tmp_path / "artifact", other)
+
+
+def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+    mpe.save(emitted(), tmp_path / "artifact")
+    other = Model(EmbeddingBagCollection(tables()))
+    other.over = nn.Linear(17, 2)
+    renamed = tables()
+    renamed[0].name = "elsewhere"
+    for model, message in ((other, "does not fit the model"), (Model(EmbeddingBagCollection(renamed)), "elsewhere")):
+        with pytest.raises(ValueError, match=message):
+            mpe.load(tmp_path / "artifact", model)
+        assert type(model.sparse["ebc"]) is EmbeddingBagCollection
+
+
+def test_tables_packed_in_another_order_keep_their_rows(tmp_path: Path) -> None:
+    """Two tables of one shape and width: swapped, they would pass every other check."""
+    widths = mpe.TableBitWidths(4, 8, (0, 4), (8,))
+    rows = {"a": torch.zeros(4, 8), "b": torch.ones(4, 8)}
+    alpha = torch.tensor([0.0] + [1.0] * 8)
+    packed = pack_tables(
+        [TableToPack(n, widths, lambda i, j, n=n: rows[n][i:j], alpha, torch.zeros(8)) for n in ("a", "b")]
+    )
+    configs = [EmbeddingBagConfig(name=n, num_embeddings=4, embedding_dim=8, feature_names=[n]) for n in ("b", "a")]
+    mpe.save(mpe.PackedEmbeddingBagCollection(configs, packed), tmp_path / "artifact")
+    features = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.tensor([2, 2]), torch.tensor([1, 1]))
+    out = mpe.load(tmp_path / "artifact")(features)
+    assert out["a"].tolist() == [[0.0] * 8] and out["b"].tolist() == [[1.0] * 8]

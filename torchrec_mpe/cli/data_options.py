@@ -72,7 +72,7 @@ def prepare_data(options: argparse.Namespace, out: Path, *, progress: bool) -> P
             time=options.time,
             **common,
         )
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         if data.num_rows(split) == 0:
             raise UserError(f"{options.data} has too few rows: none came into the {split} part of the 8:1:1 split")
     return data

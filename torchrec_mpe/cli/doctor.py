@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from torchrec_mpe.hardware import cpu_fields, cpu_name
 from torchrec_mpe.versions import (
     FBGEMM_BUILDS,
     FBGEMM_GENAI_BUILDS,
@@ -366,17 +367,12 @@ def _operators(found: Findings, installed: Mapping[str, str], steps: Mapping[str
 
 def _cpu(found: Findings) -> None:
     """Processor, cores and memory."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    found.add("Machine", "CPU", model[1].strip() if model else platform.processor() or platform.machine())
+    flags = cpu_fields().get("flags", "").split()
+    found.add("Machine", "CPU", cpu_name())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found.add("Machine", "cores", f"{usable} usable of {os.cpu_count()}")
     if flags and platform.machine().lower() in ("x86_64", "amd64"):
-        has = {title: flag in flags[1].split() for flag, title in _CPU_FEATURES.items()}
+        has = {title: flag in flags for flag, title in _CPU_FEATURES.items()}
         listed = ", ".join(f"{title} {'yes' if there else 'no'}" for title, there in has.items())
         found.add("Machine", "instructions", listed)
         if not (has["AVX2"] and has["FMA"]):

@@ -20,11 +20,12 @@ from torchrec_mpe.cli.data_options import add_data_options, prepare_data, print_
 from torchrec_mpe.cli.result_table import result_table
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
+from torchrec_mpe.hardware import cpu_name
 from torchrec_mpe.inference.artifact import save
 from torchrec_mpe.quantizer import SearchConfig
 from torchrec_mpe.report import ReportData, write_report
 from torchrec_mpe.training.loop import Hyperparameters
-from torchrec_mpe.training.methods import Job, Method, Outcome, run_method
+from torchrec_mpe.training.methods import Job, Method, Outcome, check_fit, run_method
 from torchrec_mpe.training.process_group import process_group
 from torchrec_mpe.versions import __version__, installed_versions
 
@@ -96,6 +97,11 @@ def check_options(options: argparse.Namespace) -> tuple[list[Method], Job]:
     Raises:
         UserError: for options that cannot be.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this command runs in one process: for several, launch a script of your own such as swap_in.py")
+    options.seed = list(dict.fromkeys(options.seed))
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"--json {options.json} is a folder: give the path of a file")
     methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "rule:60", "mpe"])]
     for name, least in (("dim", 4), ("epochs", 1), ("batch_size", 2), ("resets", 0), ("min_count", 1)):
         if getattr(options, name, least) < least:
@@ -141,6 +147,8 @@ def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequenc
             f"{options.data} has {data.num_rows('train')} training rows, fewer than one batch of {options.batch_size}: "
             "use a smaller --batch-size"
         )
+    for method in methods:
+        check_fit(method, data, job)
     outcomes: list[tuple[Method, Outcome]] = []
     with process_group(job.device):
         for seed in options.seed:
@@ -153,22 +161,27 @@ def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequenc
                 # The trained model is not kept: the next method needs its memory.
                 outcome.model = torch.nn.Identity()
                 outcomes.append((method, outcome))
+                _write_records(options, outcomes)
                 r = outcome.record
                 print(
                     f"{method.name} seed {seed}: AUC {r['auc']:.4f}, {r['embedding_bytes']:,} bytes "
                     f"({r['compression_ratio']:.1f}x), {r['seconds']:.0f} s",
                     flush=True,
                 )
-    records = [outcome.record for _, outcome in outcomes]
+    page = write_report(options.out, _report_data(options, data, outcomes, job))
+    print()
+    print(result_table([outcome.record for _, outcome in outcomes]))
+    print(f"\nreport: {page}")
+    return 0
+
+
+def _write_records(options: argparse.Namespace, outcomes: Sequence[tuple[Method, Outcome]]) -> None:
+    """The records so far: a run that is cut off keeps what it has finished."""
+    text = json.dumps([outcome.record for _, outcome in outcomes], indent=2) + "\n"
     for path in (options.out / "results.json", options.json):
         if path is not None:
             with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(records, indent=2) + "\n")
-    page = write_report(options.out, _report_data(options, data, outcomes, job))
-    print()
-    print(result_table(records))
-    print(f"\nreport: {page}")
-    return 0
+                temporary.write_text(text)
 
 
 def _report_data(
@@ -200,7 +213,7 @@ def _report_data(
 
 
 def _environment(job: Job) -> dict[str, str]:
-    device = torch.cuda.get_device_name() if job.device.type == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name() if job.device.type == "cuda" else cpu_name()
     return {
         "torchrec_mpe": __version__,
         **installed_versions(),
@@ -209,14 +222,6 @@ def _environment(job: Job) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "command": shlex.join(["torchrec-mpe", *sys.argv[1:]]),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _data_facts(options: argparse.Namespace, data: PreparedDataset) -> Mapping[str, Any]:

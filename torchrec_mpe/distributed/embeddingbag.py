@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class _QuantizeAndPool:
         ids = features.values()
         if isinstance(kernel, BatchedDenseEmbeddingBag):
             rows = _rows_of_dense_kernel(kernel, ids, ids_per_feature)
+        rows = rows.float()  # a TBE may be told to return FP16, too coarse for step sizes
         weights = features.weights_or_none()
         pooled: list[Tensor] = []
         for dim, (first, last), lookups, columns in self._runs(kernel):
@@ -88,7 +90,7 @@ class _QuantizeAndPool:
                 first, lookups = last, []
             key = table_key
             mean = self._collection.pooling_of(table.name) == PoolingType.MEAN and not self._rows_split
-            lookups += [FeatureLookup(table.name, mean, row)] * table.num_features()
+            lookups += [FeatureLookup(table.name, mean, table.local_rows, row)] * table.num_features()
             last += table.num_features()
         if key is not None:
             yield key[0], (first, last), lookups, slice(key[1], key[2])
@@ -104,7 +106,13 @@ def _shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:
 
 def _rows_of_dense_kernel(kernel: BatchedDenseEmbeddingBag, ids: Tensor, ids_per_feature: list[int]) -> Tensor:
     """FBGEMM's dense TBE ignores PoolingMode.NONE on CPU, so its rows are gathered here."""
-    weights = kernel.split_embedding_weights()
+    # Not split_embedding_weights(), which detaches them: the rows' gradient goes through this gather.
+    tbe = kernel.emb_module
+    offsets = [int(offset) for offset in tbe.weights_physical_offsets]
+    weights = [
+        tbe.weights[offset : offset + rows * dim].view(rows, dim)
+        for offset, (rows, dim) in zip(offsets, tbe.embedding_specs, strict=False)
+    ]
     tables = [t for t, table in enumerate(kernel.config.embedding_tables) for _ in range(table.num_features())]
     parts = ids.split(ids_per_feature)
     return torch.cat([F.embedding(part.long(), weights[t]) for part, t in zip(parts, tables, strict=True)])
@@ -147,6 +155,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
             self.mpe = module.mpe.to(device)
+            self._check_same_on_all_ranks()
         if self.row_initialization is not None:
             self.reset_rows(self.row_initialization)
 
@@ -231,7 +240,22 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self.mpe = nn.ModuleDict({f"dim_{dim}": q for dim, q in quantizers.items()}).to(self._device)
         self.phase = Phase.RETRAIN
         self.row_initialization = initialization
+        self._check_same_on_all_ranks()
         self.reset_rows(initialization)
+
+    def _check_same_on_all_ranks(self) -> None:
+        """Different counts or plans would not fail by themselves, only train nonsense."""
+        group = self._env.process_group
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        mine = {dim: int(quantizer.layout_digest) for dim, quantizer in self.quantizers().items()}
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group=group)
+        if any(other != mine for other in every):
+            raise ValueError(
+                "the ranks were prepared with different counts or plans: add up the counts of all ranks with "
+                "FrequencyCounter.merge_across_ranks() before prepare_search_, and give every rank the same plan"
+            )
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Lookup, quantize and pool, and output dist.

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -59,8 +60,12 @@ class FrequencyCounter(Mapping[str, Tensor]):
         """Add the lookups of one batch; features that no table reads are passed over.
 
         Raises:
+            ValueError: if no feature is read by a table, or this counter was loaded and so knows no features.
             IndexError: if an id is negative or not below num_embeddings; nothing is added then.
         """
+        if not any(feature in self._tables_of_feature for feature in features.keys()):  # noqa: SIM118
+            known = ", ".join(self._tables_of_feature) or "none: loaded counts can be merged, not updated"
+            raise ValueError(f"no table reads any of the features {features.keys()}; counted features: {known}")
         lengths = features.length_per_key()
         parts = features.values().split(lengths)
         new: list[tuple[str, Tensor]] = []
@@ -142,17 +147,22 @@ class FrequencyCounter(Mapping[str, Tensor]):
 
 
 def embedding_bag_configs(model: nn.Module) -> list[EmbeddingBagConfig]:
-    """The table configs of every EmbeddingBagCollection in a model, plain or sharded."""
+    """The table configs of every EmbeddingBagCollection in a model, plain or sharded.
+
+    Raises:
+        ValueError: if two collections have a table of the same name.
+    """
     configs: dict[str, EmbeddingBagConfig] = {}
     for module in model.modules():
         tables: list[EmbeddingBagConfig] = []
         if isinstance(module, EmbeddingBagCollectionInterface):
             tables = module.embedding_bag_configs()
-        elif hasattr(module, "_embedding_bag_configs"):
-            tables = cast(list[EmbeddingBagConfig], module._embedding_bag_configs)
+        elif isinstance(module, ShardedEmbeddingBagCollection):
+            tables = module._embedding_bag_configs
         for table in tables:
-            if configs.setdefault(table.name, table).num_embeddings != table.num_embeddings:
-                raise ValueError(f"table {table.name} appears twice in the model with different num_embeddings")
+            if table.name in configs:
+                raise ValueError(f"two collections of the model have a table {table.name}: table names must differ")
+            configs[table.name] = table
     return list(configs.values())
 
 
@@ -165,9 +175,17 @@ def count_frequencies(batches: Iterable[Any], model: nn.Module, *, progress: boo
         progress (bool): show a progress bar.
 
     Returns:
-        FrequencyCounter: counts per table, on CPU.
+        FrequencyCounter: this rank's counts per table, on CPU; in a job of several ranks go on with
+            :meth:`FrequencyCounter.merge_across_ranks`.
+
+    Raises:
+        ValueError: if there is no batch, or no table reads any of its features.
     """
     counter = FrequencyCounter(embedding_bag_configs(model))
+    seen = 0
     for batch in tqdm(batches, desc="counting frequencies", unit="batch", disable=not progress):
         counter.update(batch if isinstance(batch, KeyedJaggedTensor) else batch.sparse_features)
+        seen += 1
+    if not seen:
+        raise ValueError("there are no batches to count: an iterator that was used before is empty")
     return counter

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from torchrec_mpe.atomic import atomic_directory
 from torchrec_mpe.digest import file_sha256
@@ -22,7 +23,9 @@ _FORMAT = "torchrec_mpe.artifact"
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _DENSE = "dense.safetensors"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
@@ -104,26 +107,47 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
 def _into(
     model: nn.Module, collections: Mapping[str, PackedEmbeddingBagCollection], dense: Mapping[str, Tensor], folder: Path
 ) -> nn.Module:
+    if "" in collections:
+        return collections[""]
+    # All checks come before the first replacement: a model that does not fit stays as it was.
     for name, collection in collections.items():
-        if name == "":
-            return collection
-        parent, _, attribute = name.rpartition(".")
         try:
-            setattr(model.get_submodule(parent), attribute, collection)
+            replaced = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"{folder} has an embedding collection at {name}, the model has not: {error}") from error
+        if not isinstance(replaced, EmbeddingBagCollectionInterface):
+            raise ValueError(f"{folder} has an embedding collection at {name}, the model a {type(replaced).__name__}")
+        if _described(replaced) != _described(collection):
+            raise ValueError(
+                f"{folder} has tables {_described(collection)} at {name}, the model has {_described(replaced)}"
+            )
     prefixes = tuple(f"{name}." for name in collections)
     wanted = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(prefixes)}
     if {key: value.shape for key, value in dense.items()} != wanted:
         differing = sorted(set(wanted) ^ set(dense)) or sorted(k for k in wanted if wanted[k] != dense[k].shape)
         raise ValueError(f"{folder / _DENSE} does not fit the model: {', '.join(differing[:5])}")
+    for name, collection in collections.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, collection)
     model.load_state_dict(dict(dense), strict=False, assign=True)
     return model
 
 
+def _described(collection: EmbeddingBagCollectionInterface) -> tuple[bool, list[tuple[str, int, int, list[str], str]]]:
+    """Whether it is weighted, and name, rows, dimension, features and pooling of each table."""
+    return collection.is_weighted(), [
+        (t.name, t.num_embeddings, t.embedding_dim, list(t.feature_names), t.pooling.value)
+        for t in collection.embedding_bag_configs()
+    ]
+
+
 def _write_collection(folder: Path, number: int, name: str, module: PackedEmbeddingBagCollection) -> dict[str, Any]:
+    packed, report = module.packed_tables(), module.size_report()
+    # The tensors' order, which need not be the configs': offsets in the tensors are by table index.
+    index = {table.name: t for t, table in enumerate(packed.tables)}
     return {
         "name": name,
+        "packed_order": [table.name for table in packed.tables],
         "is_weighted": module.is_weighted(),
         "output_dtype": str(module.output_dtype()).removeprefix("torch."),
         "tables": [
@@ -136,10 +160,11 @@ def _write_collection(folder: Path, number: int, name: str, module: PackedEmbedd
                 "rows_per_width": list(size.rows_per_width),
                 "bytes": size.to_dict(),
             }
-            for t, size in zip(module.embedding_bag_configs(), module.size_report().tables, strict=True)
+            for t in module.embedding_bag_configs()
+            for size in (report.tables[index[t.name]],)
         ],
-        "bytes": module.size_report().to_dict(),
-        "tensors": _write_tensors(folder / f"tables-{number}.safetensors", module.packed_tables().tensors()),
+        "bytes": report.to_dict(),
+        "tensors": _write_tensors(folder / f"tables-{number}.safetensors", packed.tensors()),
     }
 
 
@@ -193,7 +218,8 @@ def _read_collection(folder: Path, entry: Mapping[str, Any]) -> PackedEmbeddingB
     tensors = _read_tensors(folder, entry["tensors"])
     file = folder / entry["tensors"]["file"]
     try:
-        shapes = tuple(TableShape(c.name, c.num_embeddings, c.embedding_dim) for c in configs)
+        by_name = {c.name: TableShape(c.name, c.num_embeddings, c.embedding_dim) for c in configs}
+        shapes = tuple(by_name[name] for name in entry["packed_order"])
         packed = PackedTables(tables=shapes, **tensors)
         validate_packed_tables(packed)
         collection = PackedEmbeddingBagCollection(
@@ -204,7 +230,8 @@ def _read_collection(folder: Path, entry: Mapping[str, Any]) -> PackedEmbeddingB
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not hold what the manifest says: {error}") from error
-    for t, size in zip(entry["tables"], collection.size_report().tables, strict=True):
-        if t["rows_per_width"] != list(size.rows_per_width):
+    rows_per_width = {size.name: list(size.rows_per_width) for size in collection.size_report().tables}
+    for t in entry["tables"]:
+        if t["rows_per_width"] != rows_per_width[t["name"]]:
             raise ValueError(f"{file}: table {t['name']} has other bit-widths than the manifest says")
     return collection

@@ -65,9 +65,9 @@ def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingB
                 config.name,
                 quantizer.widths[config.name],
                 rows,
-                quantizer.step_size_of_width().cpu(),
-                quantizer.beta.detach().cpu(),
-                None if quantizer.zero_rows is None else quantizer.zero_row(config.name).cpu(),
+                quantizer.step_size_of_width().float().cpu(),
+                quantizer.beta.detach().float().cpu(),
+                None if quantizer.zero_rows is None else quantizer.zero_row(config.name).float().cpu(),
             )
         )
     return PackedEmbeddingBagCollection(
@@ -81,7 +81,7 @@ def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingB
 
 def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:
     weight: Tensor = collection.embedding_bags[table].weight
-    return lambda start, stop: weight.detach()[start:stop].cpu()
+    return lambda start, stop: weight.detach()[start:stop].float().cpu()
 
 
 def _sharded_rows(collection: ShardedMPEEmbeddingBagCollection, table: str) -> RowSource:

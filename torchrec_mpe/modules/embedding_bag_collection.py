@@ -127,7 +127,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         bits = tuple(candidate_bits)
         quantizers: dict[int, RowQuantizer] = {}
         for dim, tables in self._tables_by_dim().items():
-            selected = {t.name: _widths_of(t, widths) for t in tables}
+            selected = {t.name: widths_of(t, widths) for t in tables}
             quantizer = RetrainQuantizer(selected, dim, bits, initialization, learn_zero_row, self.device)
             previous = self.quantizers().get(dim)
             if previous is not None:
@@ -189,7 +189,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             keys = [k for *_, k in lookups]
             stacked = quantize_and_pool(
                 quantizer,
-                [FeatureLookup(table.name, table.pooling == PoolingType.MEAN) for _, _, table, _ in lookups],
+                [FeatureLookup(t.name, t.pooling == PoolingType.MEAN, t.num_embeddings) for _, _, t, _ in lookups],
                 torch.cat([F.embedding(ids[k], self.embedding_bags[table.name].weight) for _, _, table, k in lookups]),
                 torch.cat([ids[k] for k in keys]),
                 torch.cat([lengths[k] for k in keys]),
@@ -235,7 +235,13 @@ def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups
     return (log_rank_groups if config.grouping == "log_rank" else equal_groups)(counts, num_groups)
 
 
-def _widths_of(table: EmbeddingBagConfig, widths: Mapping[str, TableBitWidths]) -> TableBitWidths:
+def widths_of(table: EmbeddingBagConfig, widths: Mapping[str, TableBitWidths]) -> TableBitWidths:
+    """A table's bit-widths.
+
+    Raises:
+        KeyError: if there are none.
+        ValueError: if they are of another shape than the table.
+    """
     if table.name not in widths:
         raise KeyError(f"the precision plan has no bit-widths for table {table.name}")
     found = widths[table.name]

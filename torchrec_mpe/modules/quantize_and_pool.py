@@ -16,11 +16,13 @@ class FeatureLookup:
     Attributes:
         table (str): the table's name.
         mean (bool): divide each bag by its number of ids.
+        num_rows (int): rows of the table or shard; FBGEMM reads row 0 for an id outside, and so does the quantizer.
         first_row (int): the shard's first row in the table.
     """
 
     table: str
     mean: bool
+    num_rows: int
     first_row: int = 0
 
 
@@ -56,9 +58,11 @@ def quantize_and_pool(
     device = rows.device
     first_rows = [quantizer.first_row[f.table] + f.first_row for f in features]
     tables = [quantizer.table_number[f.table] for f in features]
-    per_feature = torch.tensor([list(ids_per_feature), first_rows, tables], device=device)
-    shift, table = torch.repeat_interleave(per_feature[1:], per_feature[0], dim=1, output_size=len(rows))
-    quantized: Tensor = quantizer(rows, ids + shift, table, columns, gradient_factor)
+    limits = [f.num_rows for f in features]
+    per_feature = torch.tensor([list(ids_per_feature), first_rows, tables, limits], device=device)
+    shift, table, limit = torch.repeat_interleave(per_feature[1:], per_feature[0], dim=1, output_size=len(rows))
+    row = torch.where((ids >= 0) & (ids < limit), ids, 0) + shift
+    quantized: Tensor = quantizer(rows, row, table, columns, gradient_factor)
     if per_sample_weights is not None:
         quantized = quantized * per_sample_weights.to(quantized.dtype).unsqueeze(1)
     bag = torch.repeat_interleave(lengths, output_size=len(rows))

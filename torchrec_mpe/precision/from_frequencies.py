@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.frequency.counter import embedding_bag_configs
 from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
 from torchrec_mpe.initialization import RowInitialization
@@ -30,6 +30,8 @@ class _RankedTables:
         initialization: RowInitialization | None,
         zero_row: ZeroRow,
     ) -> None:
+        if not tables:
+            raise ValueError("there are no tables to make a plan for")
         self.tables = tables
         self.initialization = initialization or RowInitialization()
         self.zero_row: ZeroRow = zero_row
@@ -82,6 +84,8 @@ def uniform_precision(
         bits (int): the bit-width.
         initialization (Optional[RowInitialization]): of the rows.
     """
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"the bit-width must lie between 1 and {MAX_BITS}, got {bits}")
     tables = _tables(model)
     widths = {t.name: TableBitWidths(t.num_embeddings, t.embedding_dim, (0, t.num_embeddings), (bits,)) for t in tables}
     provenance = {"method": "uniform", "bits": bits}
@@ -107,6 +111,8 @@ def cut_precision(
         initialization (Optional[RowInitialization]): of the rows.
         zero_row (str): "learned" or "zero".
     """
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"the bit-width must lie between 1 and {MAX_BITS}, got {bits}")
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction of rows to keep must lie in (0, 1], got {fraction}")
     tables = _tables(model)
@@ -164,6 +170,8 @@ def precision_from_frequencies(
     """
     if (ratio is None) == (bytes is None):
         raise ValueError("give either ratio or bytes")
+    if not (ratio if ratio is not None else bytes or 0) > 0:
+        raise ValueError(f"the target must be positive, got {ratio if ratio is not None else bytes}")
     tables = _tables(model)
     ranked = _RankedTables(counts, tables, initialization, zero_row)
     fp32_bytes = sum(4 * t.num_embeddings * t.embedding_dim for t in tables)

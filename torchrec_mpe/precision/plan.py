@@ -51,6 +51,8 @@ class PrecisionPlan:
 
     def __post_init__(self) -> None:
         check_candidate_bits(self.candidate_bits)
+        if not self.tables:
+            raise ValueError("a precision plan needs at least one table")
         if self.zero_row not in ("learned", "zero"):
             raise ValueError(f"zero_row must be 'learned' or 'zero', got {self.zero_row!r}")
         for name, table in self.tables.items():
@@ -119,7 +121,7 @@ class PrecisionPlan:
             )
         try:
             return _from_document(document, path)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a valid precision plan: {error}") from error
 
     def summary(self) -> str:

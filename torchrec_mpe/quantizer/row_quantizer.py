@@ -1,5 +1,6 @@
 """The learned LSQ+ quantizers that the tables of one embedding dimension share."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +53,12 @@ class RowQuantizer(nn.Module):
         alpha (Tensor): float32 [m], used as ``|alpha| + 1e-10``; the entry of bit-width 0 is never read.
         beta (Tensor): float32 [D], starts at 0.
         zero_rows (Tensor): float32 [tables, D], starts at 0; None without ``learn_zero_row``.
+
+    Buffers:
+        layout_digest (Tensor): int64 scalar, of what each row belongs to; loading a state dict with another one fails.
     """
+
+    layout_digest: Tensor
 
     def __init__(
         self,
@@ -83,6 +89,26 @@ class RowQuantizer(nn.Module):
             self.zero_rows = nn.Parameter(torch.zeros(len(num_embeddings), embedding_dim, device=device))
         numel = self.num_rows * embedding_dim
         self._gradient_scale = [1 / math.sqrt(h * numel) for h in half_codes]
+
+    def _register_layout(self, name: str, per_row: Tensor) -> None:
+        """Register what each row belongs to; counts or plan make it again, so only its digest is in the state dict."""
+        self.register_buffer(name, per_row.to(self.alpha.device), persistent=False)
+        digest = hashlib.sha256(str(self.candidate_bits).encode() + per_row.cpu().numpy().tobytes()).digest()
+        number = int.from_bytes(digest[:8], "little", signed=True)
+        self.register_buffer("layout_digest", torch.tensor(number, device=self.alpha.device))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}layout_digest")
+        if loaded is not None and int(loaded) != int(self.layout_digest):
+            error_messages: list[str] = args[-1]
+            error_messages.append(
+                f"{prefix}layout_digest: the saved quantizer of tables {', '.join(self.table_number)} was prepared "
+                "with other counts, groups or bit-widths; prepare the model with the same counts and config, or plan"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def step_sizes(self) -> Tensor:
         """The positive step size of each candidate bit-width, [m]."""
@@ -144,7 +170,7 @@ class SearchQuantizer(RowQuantizer):
         gamma (Tensor): float32 [G, m], starts at 0.
 
     Buffers:
-        row_group (Tensor): int16 or int32 [rows of all tables], each row's feature group.
+        row_group (Tensor): int16 or int32 [rows of all tables], each row's feature group; not in the state dict.
     """
 
     row_group: Tensor
@@ -165,7 +191,7 @@ class SearchQuantizer(RowQuantizer):
         self.groups = groups
         self.gamma = nn.Parameter(torch.zeros(groups.num_groups, len(self.candidate_bits), device=self.alpha.device))
         row_group = torch.cat([groups.group_of_rows(table) for table in num_embeddings])
-        self.register_buffer("row_group", row_group.to(self.alpha.device))
+        self._register_layout("row_group", row_group)
 
     def probabilities(self) -> Tensor:
         """``softmax(gamma / temperature)``, [G, m]."""
@@ -174,7 +200,7 @@ class SearchQuantizer(RowQuantizer):
     def expected_bits(self) -> Tensor:
         """Expected bit-width of each group, [G]."""
         bits = torch.tensor(self.candidate_bits, dtype=self.gamma.dtype, device=self.gamma.device)
-        return self.probabilities() @ bits
+        return (self.probabilities() * bits).sum(1)
 
     def forward(
         self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
@@ -194,7 +220,8 @@ class RetrainQuantizer(RowQuantizer):
         embedding_dim, candidate_bits, initialization, learn_zero_row, device: as :class:`RowQuantizer`.
 
     Buffers:
-        row_candidate (Tensor): uint8 [rows of all tables], the index into ``candidate_bits`` of each row's width.
+        row_candidate (Tensor): uint8 [rows of all tables], the index into ``candidate_bits`` of each row's width; not
+            in the state dict.
     """
 
     row_candidate: Tensor
@@ -216,7 +243,7 @@ class RetrainQuantizer(RowQuantizer):
         row_candidate = torch.cat([candidate_of_width[w.of_rows().long()] for w in widths.values()])
         if bool((row_candidate == 255).any()):
             raise ValueError(f"a row's bit-width is not among the candidates {self.candidate_bits}")
-        self.register_buffer("row_candidate", row_candidate.to(self.alpha.device))
+        self._register_layout("row_candidate", row_candidate)
 
     def load_from(self, other: RowQuantizer) -> None:
         """Take over alpha, beta and the 0-bit vectors of another quantizer of the same tables."""

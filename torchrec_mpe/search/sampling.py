@@ -43,7 +43,8 @@ def sample_precision(model: nn.Module) -> PrecisionPlan:
         PrecisionPlan: for :func:`torchrec_mpe.prepare_retrain_`, to save and to read.
 
     Raises:
-        ValueError: if the model is not in the search phase, or a probability is not a number.
+        ValueError: if the model is not in the search phase, its collections have different settings, or a probability
+            is not a number.
     """
     tables: dict[str, TableBitWidths] = {}
     provenance: dict[str, Any] = {"method": "search"}
@@ -62,6 +63,8 @@ def sample_precision(model: nn.Module) -> PrecisionPlan:
                 quantizer.groups.ranks[table],
             )
     config = quantizers[0].config
+    if any(quantizer.config != config for quantizer in quantizers):
+        raise ValueError("the model's collections were prepared with different SearchConfigs: prepare them together")
     for name in ("grouping", "num_groups", "penalty", "penalty_weight", "temperature"):
         provenance[name] = getattr(config, name)
     provenance["counts_sha256"] = [q.groups.counts_sha256 for q in quantizers]

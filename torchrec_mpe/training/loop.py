@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.distributed import sharders
+from torchrec_mpe.errors import UserError
 from torchrec_mpe.frequency import embedding_bag_configs
 from torchrec_mpe.search import bit_penalty
 
@@ -105,7 +106,7 @@ def train_phase(
         progress (bool): show a progress bar.
 
     Raises:
-        FloatingPointError: if the loss is not finite.
+        UserError: if the loss is not finite.
     """
     optimizer = optimizer_of(model, settings)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -141,7 +142,7 @@ def train_phase(
                 if step % window == 0:
                     mean = float(running) / window
                     if not mean < float("inf"):
-                        raise FloatingPointError(f"the loss is not finite after {step} steps of {phase}")
+                        raise UserError(f"the loss is not finite after {step} steps of {phase}: training diverged")
                     curve.steps.append(step)
                     curve.loss.append(mean)
                     bar.set_postfix(loss=f"{mean:.4f}")
