@@ -1,5 +1,6 @@
 """Phases of sharded models, in one process."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
@@ -143,3 +145,82 @@ def test_nothing_changes_if_one_collection_cannot_enter() -> None:
         mpe.prepare_search_(model, counts)
     assert first.ebc.phase is Phase.PLAIN and second.ebc.phase is Phase.PLAIN
     torch.testing.assert_close(first.ebc.embedding_bags["t0"].weight, before, rtol=0, atol=0)
+
+
+def test_a_stock_collection_is_not_passed_over() -> None:
+    """Forgetting torchrec_mpe.sharders() must not end in training that only looks like ours."""
+    case = Case((TW,), phase="plain")
+    stock = nn.Sequential(EmbeddingBagCollection(tables(case)))
+    before = stock[0].embedding_bags["t0"].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"collection 0 is TorchRec's own EmbeddingBagCollection"):
+        mpe.reset_rows_(stock, INITIALIZATION)
+    torch.testing.assert_close(stock[0].embedding_bags["t0"].weight, before, rtol=0, atol=0)
+    unsharded = DistributedModelParallel(prepared_model(Case((TW,))), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"ebc unsharded: give torchrec_mpe.sharders\(\)"):
+        mpe.prepare_retrain_(unsharded, mpe.uniform_precision(tables(case), 4))
+
+
+def test_shapes_of_a_plan_are_checked_in_place_too() -> None:
+    model = adagrad(Case((TW,)))
+    narrow = [copy.copy(t) for t in tables(Case((TW,)))]
+    for table in narrow:
+        table.embedding_dim = 4
+    with pytest.raises(ValueError, match="table t0 is 40 x 8, in the precision plan it is 40 x 4"):
+        mpe.prepare_retrain_(model, mpe.uniform_precision(narrow, 4))
+    assert model.module.ebc.phase is Phase.SEARCH
+
+
+def test_a_state_of_other_counts_or_plan_is_refused() -> None:
+    def search(seed: int) -> mpe.MPEEmbeddingBagCollection:
+        g = torch.Generator().manual_seed(seed)
+        counts = {t.name: torch.randint(0, 50, (t.num_embeddings,), generator=g) for t in tables(Case((TW,)))}
+        model = mpe.MPEEmbeddingBagCollection(tables(Case((TW,))))
+        mpe.prepare_search_(model, counts, mpe.SearchConfig(num_groups=4))
+        return model
+
+    search(0).load_state_dict(search(0).state_dict())
+    with pytest.raises(RuntimeError, match=r"tables t0, t1 was prepared with other counts, groups or bit-widths"):
+        search(0).load_state_dict(search(1).state_dict())
+    retrain = [mpe.MPEEmbeddingBagCollection(tables(Case((TW,)))) for _ in range(2)]
+    for model, bits in zip(retrain, (2, 3), strict=True):
+        mpe.prepare_retrain_(model, mpe.uniform_precision(model, bits))
+    with pytest.raises(RuntimeError, match="prepared with other counts"):
+        retrain[0].load_state_dict(retrain[1].state_dict())
+    assert not any("row_" in key for key in retrain[0].state_dict()), "a map of every row does not belong there"
+
+
+def test_a_collection_under_two_names_is_replaced_under_both() -> None:
+    model = nn.Module()
+    model.x = model.y = EmbeddingBagCollection(tables(Case((TW,))))
+    mpe.prepare_retrain_(model, mpe.uniform_precision(tables(Case((TW,))), 4))
+    assert model.x is model.y and isinstance(model.x, mpe.MPEEmbeddingBagCollection)
+
+
+def test_one_table_name_in_two_collections_is_refused() -> None:
+    model = nn.ModuleList([EmbeddingBagCollection(tables(Case((TW,)))) for _ in range(2)])
+    counts = {t.name: torch.ones(t.num_embeddings, dtype=torch.int64) for t in tables(Case((TW,)))}
+    with pytest.raises(ValueError, match="two collections of the model have a table t0"):
+        mpe.prepare_search_(model, counts)
+
+
+def test_collections_of_different_settings_give_no_plan() -> None:
+    parts = []
+    for k, seed in enumerate((1, 2)):
+        configs = [copy.copy(t) for t in tables(Case((TW,)))]
+        for table in configs:
+            table.name = f"{table.name}_{k}"
+        part = mpe.MPEEmbeddingBagCollection(configs)
+        counts = {t.name: torch.ones(t.num_embeddings, dtype=torch.int64) for t in configs}
+        mpe.prepare_search_(part, counts, mpe.SearchConfig(initialization=mpe.RowInitialization(seed)))
+        parts.append(part)
+    with pytest.raises(ValueError, match="different SearchConfigs"):
+        mpe.sample_precision(nn.ModuleList(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_outside_the_table_read_row_0_as_in_fbgemm(dtype: torch.dtype) -> None:
+    model = adagrad(Case((TW,), phase="retrain"))
+    names, lengths = ["a", "b", "c", "d"], torch.ones(4, dtype=torch.int64)
+    good = KeyedJaggedTensor.from_lengths_sync(names, torch.tensor([0, 1, 2, 3], dtype=dtype), lengths)
+    bad = KeyedJaggedTensor.from_lengths_sync(names, torch.tensor([10**6, 1, 2, 3], dtype=dtype), lengths)
+    torch.testing.assert_close(model(bad), model(good), rtol=0, atol=0)

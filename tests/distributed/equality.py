@@ -199,6 +199,26 @@ def in_one_process(case: Case, emit: bool = False) -> dict[str, Any]:
     return result
 
 
+def shard_with_counts_of_its_own() -> str:
+    """What sharding says if a rank forgot to merge its counts."""
+    case = Case((TW,))
+    model = Head(case)
+    g = torch.Generator().manual_seed(dist.get_rank())
+    counts = {t.name: torch.randint(0, 50, (t.num_embeddings,), generator=g) for t in tables(case)}
+    mpe.prepare_search_(model, counts, mpe.SearchConfig(num_groups=5))
+    try:
+        shard(model, case)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def merged_counts() -> list[int]:
+    counter = mpe.FrequencyCounter.from_counts({"t": torch.tensor([1, 2, 3]) + dist.get_rank()})
+    counts: list[int] = counter.merge_across_ranks()["t"].tolist()
+    return counts
+
+
 TW, RW, CW, DP = (
     ShardingType.TABLE_WISE.value,
     ShardingType.ROW_WISE.value,

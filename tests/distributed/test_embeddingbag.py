@@ -5,7 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.equality import CASES, DP, Case, in_one_process, on_ranks, tables
+from tests.distributed.equality import (
+    CASES,
+    DP,
+    Case,
+    in_one_process,
+    merged_counts,
+    on_ranks,
+    shard_with_counts_of_its_own,
+    tables,
+)
 from tests.distributed.ranks import run_on_ranks
 
 
@@ -50,3 +59,12 @@ def test_gradients_are_not_trivial(case: Case, results: dict[Case, list[dict[str
         # After a search of no steps all widths are large: no value lies outside its range, and no row has 0 bits.
         if not (case.phase == "search, then retrain" and name.endswith(("beta", "zero_rows"))):
             assert np.abs(gradient).max() > 1e-8, name
+
+
+def test_ranks_with_different_counts_are_refused() -> None:
+    for message in run_on_ranks(shard_with_counts_of_its_own, 2):
+        assert "different counts or plans" in message and "merge_across_ranks" in message
+
+
+def test_counts_are_added_up_over_ranks() -> None:
+    assert run_on_ranks(merged_counts, 2) == [[3, 5, 7]] * 2

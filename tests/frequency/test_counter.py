@@ -83,3 +83,14 @@ def test_counts_of_a_model_from_batches() -> None:
 def test_negative_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="table t must be non-negative"):
         FrequencyCounter.from_counts({"t": torch.tensor([1, -1])})
+
+
+def test_counting_nothing_is_an_error() -> None:
+    model = torch.nn.Sequential(EmbeddingBagCollection(TABLES))
+    with pytest.raises(ValueError, match="no batches to count"):
+        count_frequencies(iter(()), model)
+    other = KeyedJaggedTensor.from_lengths_sync(["x"], torch.tensor([1]), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"no table reads any of the features \['x'\]; counted features: a, b"):
+        FrequencyCounter(TABLES).update(other)
+    with pytest.raises(ValueError, match="loaded counts can be merged, not updated"):
+        FrequencyCounter.from_counts({"t1": torch.tensor([1, 2])}).update(kjt())
