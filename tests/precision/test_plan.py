@@ -1,6 +1,7 @@
 """Precision plans: by hand, on disk, and refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def test_rows_and_averages_by_hand() -> None:
 
 def test_save_load(tmp_path: Path) -> None:
     plan().save(tmp_path / "plan.json")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.json.ranks.safetensors"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[0] == "plan.json" and re.fullmatch(r"plan\.json\.[0-9a-f]{12}\.ranks\.safetensors", names[1])
     text = (tmp_path / "plan.json").read_text()
     assert '"bounds": [0, 2, 6, 10]' in text, "lists belong on one line, for people"
     loaded = PrecisionPlan.load(tmp_path / "plan.json")
@@ -68,7 +70,10 @@ def test_summary_shows_widths_and_bytes() -> None:
         ({"zero_row": "maybe"}, "zero_row"),
         ({"tables": {"t": {"num_embeddings": 3}}}, "not a valid precision plan"),
         ({"initialization": {"seed": 0, "std": -1}}, "must be positive"),
-        ({"ranks_sha256": "0" * 64}, "does not belong to it"),
+        ({"ranks_sha256": "0" * 64}, "as the file of its ranks"),
+        ({"ranks_file": "../ranks.safetensors"}, "as the file of its ranks"),
+        ({"tables": {}}, "at least one table"),
+        ({"tables": []}, "not a valid precision plan"),
     ],
 )
 def test_load_refuses_what_it_does_not_know(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -81,8 +86,12 @@ def test_load_refuses_what_it_does_not_know(tmp_path: Path, change: dict[str, ob
 
 def test_load_needs_the_ranks(tmp_path: Path) -> None:
     plan().save(tmp_path / "plan.json")
-    (tmp_path / "plan.json.ranks.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"plan.json.ranks.safetensors beside it"):
+    ranks = next(tmp_path.glob("*.ranks.safetensors"))
+    ranks.write_bytes(ranks.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="does not belong to it"):
+        PrecisionPlan.load(tmp_path / "plan.json")
+    ranks.unlink()
+    with pytest.raises(FileNotFoundError, match=r"ranks.safetensors beside it"):
         PrecisionPlan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match="is not a precision plan"):
@@ -105,3 +114,18 @@ def test_load_needs_the_ranks(tmp_path: Path) -> None:
 def test_widths_refuse_nonsense(arguments: tuple[object, ...]) -> None:
     with pytest.raises(ValueError):
         TableBitWidths(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_new_plan_replaces_the_old_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off between its two files, the old plan still loads; completed, nothing of it is left."""
+    path = tmp_path / "plan.json"
+    plan().save(path)
+    other = PrecisionPlan({"t": TableBitWidths(3, 8, (0, 3), (2,), torch.tensor([2, 0, 1], dtype=torch.int32))}, (2,))
+    with monkeypatch.context() as patch:
+        patch.setattr("torchrec_mpe.precision.plan._readable_json", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.save(path)
+    assert PrecisionPlan.load(path).tables == plan().tables
+    other.save(path)
+    assert PrecisionPlan.load(path).tables == other.tables
+    assert len(list(tmp_path.iterdir())) == 2

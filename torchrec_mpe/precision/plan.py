@@ -1,5 +1,6 @@
 """PrecisionPlan: the bit-width of every row of every table, as a file that people can read."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from torchrec_mpe.atomic import atomic_file
@@ -72,7 +73,7 @@ class PrecisionPlan:
         return packed_bytes(self.tables, learned_zero_rows=self.zero_row == "learned")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` (JSON) and, if some table's ids are not frequency ranks, ``<path>.ranks.safetensors``."""
+        """Write ``path`` (JSON) and, if a table's ids are no frequency ranks, ``<path>.<digest>.ranks.safetensors``."""
         ranks = {name: t.ranks for name, t in self.tables.items() if t.ranks is not None}
         document: dict[str, Any] = {
             "format": _FORMAT,
@@ -93,13 +94,20 @@ class PrecisionPlan:
             },
             "provenance": {**self.provenance, "versions": installed_versions()},
         }
+        old = set(Path(path).parent.glob(_ranks_file(path, "*")))
         if ranks:
-            sidecar = _ranks_path(path)
+            # Named by its digest: until the JSON is replaced, an older plan keeps its own.
+            digest = hashlib.sha256(save(ranks)).hexdigest()
+            document["ranks_sha256"] = digest
+            document["ranks_file"] = _ranks_file(path, digest[:12])
+            sidecar = Path(path).parent / document["ranks_file"]
             with atomic_file(sidecar) as temporary:
                 save_file(ranks, temporary)
-            document["ranks_sha256"] = file_sha256(sidecar)
+            old.discard(sidecar)
         with atomic_file(path) as temporary:
             temporary.write_text(_readable_json(document))
+        for file in old:
+            file.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PrecisionPlan":
@@ -161,8 +169,8 @@ class PrecisionPlan:
         return text_table(lines)
 
 
-def _ranks_path(path: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(path)}.ranks.safetensors")
+def _ranks_file(path: str | os.PathLike[str], digest: str) -> str:
+    return f"{Path(path).name}.{digest}.ranks.safetensors"
 
 
 def _readable_json(document: Mapping[str, Any]) -> str:
@@ -184,13 +192,15 @@ def _readable_json(document: Mapping[str, Any]) -> str:
 def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) -> PrecisionPlan:
     known = {
         "format", "version", "average_bits", "candidate_bits", "zero_row", "initialization", "tables", "provenance",
-        "ranks_sha256",
+        "ranks_file", "ranks_sha256",
     }  # fmt: skip
     if unknown := set(document) - known:
         raise ValueError(f"unknown entries {sorted(unknown)}")
     ranks: Mapping[str, Tensor] = {}
     if "ranks_sha256" in document:
-        sidecar = _ranks_path(path)
+        if document["ranks_file"] != _ranks_file(path, document["ranks_sha256"][:12]):
+            raise ValueError(f"it names {document['ranks_file']!r} as the file of its ranks")
+        sidecar = Path(path).parent / document["ranks_file"]
         if not sidecar.exists():
             raise FileNotFoundError(f"{path} needs {sidecar.name} beside it, the frequency rank of every row")
         if file_sha256(sidecar) != document["ranks_sha256"]:
