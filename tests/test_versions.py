@@ -124,3 +124,9 @@ def test_importing_versions_imports_none_of_the_three() -> None:
     file = str(Path(versions.__file__))
     run = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_installer_installs_the_tested_mix() -> None:
+    script = (Path(__file__).parent.parent / "tools" / "install.sh").read_text()
+    pins = tuple(re.search(rf"^{name}=(\S+)$", script, re.MULTILINE)[1] for name in ("TORCH", "FBGEMM", "TORCHREC"))
+    assert pins == versions.TESTED_MIX.run
