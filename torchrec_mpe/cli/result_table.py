@@ -1,9 +1,9 @@
 """The table that a run prints."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchrec_mpe.report.estimates import summarize
 from torchrec_mpe.text_table import text_table
 
 
@@ -14,26 +14,19 @@ def result_table(records: Sequence[Mapping[str, Any]]) -> str:
         records (Sequence[Mapping[str, Any]]): results with method, seed, auc, logloss, average_bits, embedding_bytes,
             compression_ratio and seconds.
     """
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        by_method.setdefault(record["method"], []).append(record)
-    baseline = by_method.get("fp32")
-    base_auc = statistics.fmean(r["auc"] for r in baseline) if baseline else None
     lines = [["method", "AUC", "vs fp32", "log loss", "avg bits", "bytes", "ratio", "seconds"]]
-    for method, rows in by_method.items():
-        auc = [r["auc"] for r in rows]
-        mean = statistics.fmean(auc)
-        error = f" ± {statistics.stdev(auc) / len(auc) ** 0.5:.4f}" if len(auc) > 1 else ""
+    for row in summarize(records):
+        error = "" if row.auc.error is None else f" ± {row.auc.error:.4f}"
         lines.append(
             [
-                method,
-                f"{mean:.4f}{error}",
-                "" if base_auc is None else f"{mean - base_auc:+.4f}",
-                f"{statistics.fmean(r['logloss'] for r in rows):.4f}",
-                f"{statistics.fmean(r['average_bits'] for r in rows):.3f}",
-                f"{statistics.fmean(r['embedding_bytes'] for r in rows):,.0f}",
-                f"{statistics.fmean(r['compression_ratio'] for r in rows):.1f}x",
-                f"{statistics.fmean(r['seconds'] for r in rows):.0f}",
+                row.method,
+                f"{row.auc.mean:.4f}{error}",
+                "" if row.delta is None else f"{row.delta.mean:+.4f}",
+                f"{row.logloss.mean:.4f}",
+                f"{row.average_bits.mean:.3f}",
+                f"{row.embedding_bytes.mean:,.0f}",
+                f"{row.compression_ratio.mean:.1f}x",
+                f"{row.seconds.mean:.0f}",
             ]
         )
     return text_table(lines)

@@ -119,9 +119,11 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
         seed (int): of the initial rows, the dense network and the rows' order.
 
     Raises:
-        UserError: if the method's size cannot be reached on this data.
+        UserError: if the method's size cannot be reached on this data, training diverges, or "mpe" has no reset.
         RuntimeError: if the emitted model does not predict what the retrained one does.
     """
+    if method.kind == "mpe" and job.resets == 0:
+        raise UserError("method mpe needs at least one reset: the search is the first phase, retraining the others")
     started = time.perf_counter()
     torch.manual_seed(seed)
     initialization = RowInitialization(seed, job.search.initialization.std)
@@ -163,8 +165,6 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
         )
         curve.phase = name
         curves.append(curve)
-    if method.kind == "mpe" and job.resets == 0:
-        raise UserError("method mpe needs at least one reset: the search is the first phase, retraining the others")
     emitted, sizes = _finish(dmp, plan, data, job)
     record = {
         "method": method.name,
