@@ -27,8 +27,7 @@ from torchrec_mpe.atomic import atomic_file
 from torchrec_mpe.data import PreparedDataset, prepare_criteo, prepare_csv, write_synthetic_log
 from torchrec_mpe.hardware import cpu_name
 from torchrec_mpe.precision import cut_precision
-from torchrec_mpe.training.methods import Job, Method, run_method
-from torchrec_mpe.training.model import table_configs
+from torchrec_mpe.training.methods import Job, Method, run_method, tables_and_counts
 from torchrec_mpe.training.process_group import process_group
 from torchrec_mpe.versions import installed_versions
 
@@ -112,8 +111,7 @@ def run_entry(entry: Entry, folder: str, seed: int) -> dict[str, Any]:
 
 def _cut_fraction(data: PreparedDataset, dim: int, ratio: float) -> float:
     """The share of rows at 4 bits whose packed bytes meet a compression ratio."""
-    tables = table_configs(data, dim)
-    counts = {table.name: data.counts(table.feature_names[0]) for table in tables}
+    tables, counts = tables_and_counts(data, dim)
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2

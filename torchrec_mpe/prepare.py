@@ -12,9 +12,9 @@ from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.frequency import embedding_bag_configs
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
-from torchrec_mpe.modules.embedding_bag_collection import widths_of
+from torchrec_mpe.modules.embedding_bag_collection import build_retrain_quantizers
 from torchrec_mpe.precision import PrecisionPlan
-from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig
+from torchrec_mpe.quantizer import RowQuantizer, SearchConfig
 
 
 def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: SearchConfig | None = None) -> nn.Module:
@@ -44,7 +44,7 @@ def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: Sear
             loss = bce(model(batch), labels) + bit_penalty(model)
     """
     settings = config or SearchConfig()
-    for _, sharded in _sharded_collections(model):
+    for sharded in _sharded_collections(model):
         raise ValueError(
             "the model is sharded: prepare it for the search before DistributedModelParallel, whose TBEs pool rows of "
             f"{', '.join(t.name for t in sharded.embedding_bag_configs())} otherwise"
@@ -133,10 +133,8 @@ def _refuse_stock_collections(model: nn.Module) -> None:
             )
 
 
-def _sharded_collections(model: nn.Module) -> Iterator[tuple[str, ShardedMPEEmbeddingBagCollection]]:
-    for name, module in model.named_modules():
-        if isinstance(module, ShardedMPEEmbeddingBagCollection):
-            yield name, module
+def _sharded_collections(model: nn.Module) -> Iterator[ShardedMPEEmbeddingBagCollection]:
+    return (module for module in model.modules() if isinstance(module, ShardedMPEEmbeddingBagCollection))
 
 
 def _enter_phase(
@@ -175,7 +173,7 @@ def _enter_phase(
 def _retrain_sharded(model: nn.Module, plan: PrecisionPlan) -> None:
     """Fix the bit-widths of all sharded collections; nothing changes if one cannot."""
     _refuse_stock_collections(model)
-    collections = [sharded for _, sharded in _sharded_collections(model)]
+    collections = list(_sharded_collections(model))
     unsharded = [name for name, module in model.named_modules() if isinstance(module, MPEEmbeddingBagCollection)]
     if unsharded or not collections:
         raise ValueError(
@@ -192,19 +190,15 @@ def _retrain_quantizers(sharded: ShardedMPEEmbeddingBagCollection, plan: Precisi
         raise ValueError(
             "a collection sharded in the plain phase has TBEs that pool: prepare the model before sharding it"
         )
-    quantizers: dict[int, RowQuantizer] = {}
-    for dim, previous in sharded.quantizers().items():
-        quantizer = RetrainQuantizer(
-            {t.name: widths_of(t, plan.tables) for t in sharded.embedding_bag_configs() if t.embedding_dim == dim},
-            dim,
-            plan.candidate_bits,
-            plan.initialization,
-            plan.zero_row == "learned",
-            previous.alpha.device,
-        )
-        quantizer.load_from(previous)
-        quantizers[dim] = quantizer
-    return quantizers
+    return build_retrain_quantizers(
+        sharded.embedding_bag_configs(),
+        plan.tables,
+        plan.candidate_bits,
+        plan.initialization,
+        plan.zero_row == "learned",
+        sharded.quantizers(),
+        sharded._device,
+    )
 
 
 def _rewrap_data_parallel(model: DistributedModelParallel, change: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ from torchrec.distributed.embeddingbag import (
 from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import LazyAwaitable, ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
@@ -356,6 +357,4 @@ def sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[n
         fused_params (Optional[Dict[str, Any]]): of the TBEs, for example
             ``{"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02}``.
     """
-    from torchrec.distributed.sharding_plan import get_default_sharders
-
     return [MPEEmbeddingBagCollectionSharder(fused_params=fused_params), *get_default_sharders()]

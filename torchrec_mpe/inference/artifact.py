@@ -16,6 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec_mpe.atomic import atomic_directory
 from torchrec_mpe.digest import file_sha256
 from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.ops.reference.packed_embedding_bag import OUTPUT_DTYPES
 from torchrec_mpe.packing import PackedTables, TableShape, validate_packed_tables
 from torchrec_mpe.versions import __version__, installed_versions
 
@@ -23,9 +24,7 @@ _FORMAT = "torchrec_mpe.artifact"
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _DENSE = "dense.safetensors"
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in OUTPUT_DTYPES}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:

@@ -98,7 +98,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     f"table {table.name} has {table.num_embeddings} rows, its counts {len(counts[table.name])}"
                 )
         quantizers: dict[int, RowQuantizer] = {}
-        for dim, tables in self._tables_by_dim().items():
+        for dim, tables in _tables_by_dim(self.embedding_bag_configs()).items():
             quantizers[dim] = SearchQuantizer(
                 _groups({t.name: counts[t.name].cpu() for t in tables}, config),
                 {t.name: t.num_embeddings for t in tables},
@@ -124,16 +124,15 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             KeyError: no widths for a table.
         """
         self._refuse_unsupported()
-        bits = tuple(candidate_bits)
-        quantizers: dict[int, RowQuantizer] = {}
-        for dim, tables in self._tables_by_dim().items():
-            selected = {t.name: widths_of(t, widths) for t in tables}
-            quantizer = RetrainQuantizer(selected, dim, bits, initialization, learn_zero_row, self.device)
-            previous = self.quantizers().get(dim)
-            if previous is not None:
-                quantizer.load_from(previous)
-            quantizers[dim] = quantizer
-        return quantizers
+        return build_retrain_quantizers(
+            self.embedding_bag_configs(),
+            widths,
+            tuple(candidate_bits),
+            initialization,
+            learn_zero_row,
+            self.quantizers(),
+            self.device,
+        )
 
     def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Enter the search or retrain phase, rows at their initial values."""
@@ -209,12 +208,6 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             length_per_key=self._lengths_per_embedding,
         )
 
-    def _tables_by_dim(self) -> dict[int, list[EmbeddingBagConfig]]:
-        tables: dict[int, list[EmbeddingBagConfig]] = {}
-        for table in self.embedding_bag_configs():
-            tables.setdefault(table.embedding_dim, []).append(table)
-        return tables
-
     def _refuse_unsupported(self) -> None:
         for table in self.embedding_bag_configs():
             if self.is_weighted() and table.pooling == PoolingType.MEAN:
@@ -235,13 +228,41 @@ def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups
     return (log_rank_groups if config.grouping == "log_rank" else equal_groups)(counts, num_groups)
 
 
-def widths_of(table: EmbeddingBagConfig, widths: Mapping[str, TableBitWidths]) -> TableBitWidths:
-    """A table's bit-widths.
+def _tables_by_dim(configs: Iterable[EmbeddingBagConfig]) -> dict[int, list[EmbeddingBagConfig]]:
+    tables: dict[int, list[EmbeddingBagConfig]] = {}
+    for table in configs:
+        tables.setdefault(table.embedding_dim, []).append(table)
+    return tables
+
+
+def build_retrain_quantizers(
+    configs: Iterable[EmbeddingBagConfig],
+    widths: Mapping[str, TableBitWidths],
+    candidate_bits: tuple[int, ...],
+    initialization: RowInitialization,
+    learn_zero_row: bool,
+    previous: Mapping[int, RowQuantizer],
+    device: torch.device | None,
+) -> dict[int, RowQuantizer]:
+    """Quantizers with fixed bit-widths for a collection's tables, plain or sharded, by embedding dimension.
+
+    Step sizes, offset and 0-bit vectors are taken over from ``previous``.
 
     Raises:
-        KeyError: if there are none.
-        ValueError: if they are of another shape than the table.
+        KeyError: if a table has no bit-widths.
+        ValueError: if a table's bit-widths are of another shape.
     """
+    quantizers: dict[int, RowQuantizer] = {}
+    for dim, tables in _tables_by_dim(configs).items():
+        selected = {t.name: _widths_of(t, widths) for t in tables}
+        quantizer = RetrainQuantizer(selected, dim, candidate_bits, initialization, learn_zero_row, device)
+        if dim in previous:
+            quantizer.load_from(previous[dim])
+        quantizers[dim] = quantizer
+    return quantizers
+
+
+def _widths_of(table: EmbeddingBagConfig, widths: Mapping[str, TableBitWidths]) -> TableBitWidths:
     if table.name not in widths:
         raise KeyError(f"the precision plan has no bit-widths for table {table.name}")
     found = widths[table.name]

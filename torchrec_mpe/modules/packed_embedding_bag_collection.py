@@ -16,12 +16,12 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
+from torchrec_mpe.ops.reference.packed_embedding_bag import OUTPUT_DTYPES
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.size import SizeReport, size_report
 from torchrec_mpe.packing.validate import validate_packed_tables
 
 _POOLING_MODES = {PoolingType.SUM: 0, PoolingType.MEAN: 1}
-_OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Self = TypeVar("Self", bound="PackedEmbeddingBagCollection")
 
@@ -65,8 +65,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        if output_dtype not in _OUTPUT_DTYPES:
-            raise ValueError(f"output_dtype must be one of {_OUTPUT_DTYPES}, got {output_dtype}")
+        if output_dtype not in OUTPUT_DTYPES:
+            raise ValueError(f"output_dtype must be one of {OUTPUT_DTYPES}, got {output_dtype}")
         self._configs = copy.deepcopy(tables)
         self._is_weighted = is_weighted
         self._output_dtype = output_dtype

@@ -180,7 +180,7 @@ def precision_from_frequencies(
     def size(offset: float) -> int:
         return ranked.packed_bytes(ranked.widths(lambda name: _rule_segments(ranked.counts[name], offset)))
 
-    low, high = _offset_range(ranked.counts.values())
+    least, most = low, high = _offset_range(ranked.counts.values())
     for _ in range(60):
         middle = (low + high) / 2
         if size(middle) > target:
@@ -193,10 +193,7 @@ def precision_from_frequencies(
     widths = _between(ranked, widths, wider, target)
     reached = ranked.packed_bytes(widths)
     if abs(reached - target) > 0.01 * target:
-        smallest, largest = (
-            size(_offset_range(ranked.counts.values())[0]),
-            size(_offset_range(ranked.counts.values())[1]),
-        )
+        smallest, largest = size(least), size(most)
         raise ValueError(
             f"no plan comes within 1% of {target:,.0f} bytes ({fp32_bytes / target:.1f}x): the closest has {reached:,} "
             f"({fp32_bytes / reached:.1f}x), and the rule reaches from {smallest:,} to {largest:,} bytes "

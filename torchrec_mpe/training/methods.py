@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
@@ -127,8 +128,7 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
     started = time.perf_counter()
     torch.manual_seed(seed)
     initialization = RowInitialization(seed, job.search.initialization.std)
-    tables = table_configs(data, job.embedding_dim)
-    counts = {table.name: data.counts(table.feature_names[0]) for table in tables}
+    tables, counts = tables_and_counts(data, job.embedding_dim)
     model = build_model(job.model, tables, len(data.dense_names), device=job.device)
     plan: PrecisionPlan | None = None
     if method.kind == "mpe":
@@ -176,6 +176,12 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
     return Outcome(record, curves, plan, probabilities, emitted)
 
 
+def tables_and_counts(data: PreparedDataset, dim: int) -> tuple[list[EmbeddingBagConfig], dict[str, Tensor]]:
+    """The tables of a dataset's fields, and how often each of their rows occurs in the training rows."""
+    tables = table_configs(data, dim)
+    return tables, {table.name: data.counts(table.feature_names[0]) for table in tables}
+
+
 def check_fit(method: Method, data: PreparedDataset, job: Job) -> None:
     """Find out before any training whether a method without a search can reach its size on this data.
 
@@ -183,14 +189,13 @@ def check_fit(method: Method, data: PreparedDataset, job: Job) -> None:
         UserError: if it cannot.
     """
     if method.kind not in ("fp32", "mpe"):
-        tables = table_configs(data, job.embedding_dim)
-        counts = {table.name: data.counts(table.feature_names[0]) for table in tables}
+        tables, counts = tables_and_counts(data, job.embedding_dim)
         _plan(method, tables, counts, job.search.initialization, job.search)
 
 
 def _plan(
     method: Method,
-    tables: list[Any],
+    tables: list[EmbeddingBagConfig],
     counts: Mapping[str, Tensor],
     initialization: RowInitialization,
     search: SearchConfig,

@@ -9,7 +9,7 @@ from torchrec_mpe.ops.backends import register
 from torchrec_mpe.packing.bitpack import unpack_codes
 
 _SUM, _MEAN = 0, 1
-_OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @torch.no_grad()
@@ -130,8 +130,8 @@ def check_call(
         raise ValueError(f"pooling modes must be {_SUM} (SUM) or {_MEAN} (MEAN), got {list(pooling_modes)}")
     if per_sample_weights is not None and _MEAN in pooling_modes:
         raise ValueError("MEAN pooling takes no per-sample weights: its divisor would be ambiguous")
-    if output_dtype not in _OUTPUT_DTYPES:
-        raise TypeError(f"output_dtype must be one of {_OUTPUT_DTYPES}, got {output_dtype}")
+    if output_dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"output_dtype must be one of {OUTPUT_DTYPES}, got {output_dtype}")
 
 
 def check_bags(indices: Tensor, offsets: Tensor, features: int, per_sample_weights: Tensor | None) -> None:
