@@ -9,6 +9,7 @@ set -euo pipefail
 TORCH=2.13.0
 FBGEMM=1.8.0
 TORCHREC=1.8.0
+TRITON=3.7.0
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -27,7 +28,12 @@ say "installing torch $TORCH, ${fbgemm/==/ } and torchrec $TORCHREC into $VENV"
 # shellcheck disable=SC2086  # the arguments are words
 pip install --quiet $TORCH_PIP_ARGS "torch==$TORCH"
 pip install --quiet "$fbgemm" "torch==$TORCH"
-pip install --quiet "torch==$TORCH" tensordict "torchmetrics==1.0.3" tqdm pyre-extensions iopath setuptools wheel
-pip install --quiet --no-build-isolation -e ".[dev]"
+# ninja builds the C++ operators in parallel. Triton comes with CUDA builds of torch; on CPU its interpreter runs the tests.
+pip install --quiet "torch==$TORCH" tensordict "torchmetrics==1.0.3" tqdm pyre-extensions iopath setuptools wheel ninja
+if [ "$(uname -s)" = Linux ]; then
+  pip install --quiet "torch==$TORCH" "triton==$TRITON"
+fi
+# Without the operators, which `make` builds in place and again whenever their sources change.
+TORCHREC_MPE_NO_KERNELS=1 pip install --quiet --no-build-isolation -e ".[dev]"
 # Last: after it, pip would report the missing fbgemm-gpu at every install.
 pip install --quiet --no-deps "torchrec==$TORCHREC"

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from torchrec_mpe.frequency import FrequencyCounter, count_frequencies
     from torchrec_mpe.inference import emit_inference_model, load, save
     from torchrec_mpe.initialization import RowInitialization
-    from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection
+    from torchrec_mpe.modules import (
+        FbgemmTableBatchedEmbeddingBags,
+        MPEEmbeddingBagCollection,
+        PackedEmbeddingBagCollection,
+        PackedTableBatchedEmbeddingBags,
+    )
     from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
     from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
     from torchrec_mpe.quantizer import SearchConfig
@@ -35,7 +40,9 @@ _MODULES = {
     "save": "torchrec_mpe.inference",
     "RowInitialization": "torchrec_mpe.initialization",
     "MPEEmbeddingBagCollection": "torchrec_mpe.modules",
+    "FbgemmTableBatchedEmbeddingBags": "torchrec_mpe.modules",
     "PackedEmbeddingBagCollection": "torchrec_mpe.modules",
+    "PackedTableBatchedEmbeddingBags": "torchrec_mpe.modules",
     "PrecisionPlan": "torchrec_mpe.precision",
     "cut_precision": "torchrec_mpe.precision",
     "precision_from_frequencies": "torchrec_mpe.precision",
@@ -49,10 +56,12 @@ _MODULES = {
 }
 
 __all__ = [
+    "FbgemmTableBatchedEmbeddingBags",
     "FrequencyCounter",
     "MPEEmbeddingBagCollection",
     "MPEEmbeddingBagCollectionSharder",
     "PackedEmbeddingBagCollection",
+    "PackedTableBatchedEmbeddingBags",
     "PrecisionPlan",
     "RowInitialization",
     "SearchConfig",

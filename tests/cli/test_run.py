@@ -228,8 +228,8 @@ def test_packed_model_predicts_like_the_retrained_one(log: Path, tmp_path: Path)
     with pytest.MonkeyPatch.context() as patch:
         import torchrec_mpe.packing.pack as pack
 
-        original = pack.quantize_rows
-        patch.setattr(pack, "quantize_rows", lambda *a: (original(*a) + 1).clamp(max=2))
+        original = pack.quantize_and_pack
+        patch.setattr(pack, "quantize_and_pack", lambda x, bits, alpha, beta: original(x + alpha, bits, alpha, beta))
         with pytest.raises(RuntimeError, match="packing is wrong"):
             main(["run", *csv_options(log), "--out", str(tmp_path / "out"), "--method", "uniform:6", *SMALL])
 

@@ -20,11 +20,12 @@ from torchrec_mpe.packing import TableToPack, pack_tables
 
 
 def emitted() -> nn.Module:
+    """A model with a bitmap, runs and nibbles."""
     torch.manual_seed(0)
     model = Model(retrained())
     for _ in range(3):
         model(kjt())
-    return mpe.emit_inference_model(model)
+    return mpe.emit_inference_model(model, directory={"t1": "bitmap", "t2": "ranked", "t3": "nibble"})
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -114,6 +115,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no json": (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
     "other format": (lambda f: _edit_manifest(f, lambda d: d.update(format="x")), "does not describe"),
     "other version": (lambda f: _edit_manifest(f, lambda d: d.update(version=9)), "of version 9"),
+    "old version": (lambda f: _edit_manifest(f, lambda d: d.update(version=1)), "earlier pre-release.*emit the model"),
     "missing entry": (lambda f: _edit_manifest(f, lambda d: d.pop("collections")), "is damaged"),
     "path outside": (
         lambda f: _edit_manifest(f, lambda d: d["collections"][0]["tensors"].update(file="../x")),
@@ -132,14 +134,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not hold",
     ),
     "negative base": (lambda f: _edit_tensors(f, lambda t: t["run_records"][0].__setitem__(0, -64)), "does not hold"),
-    "remap outside": (lambda f: _edit_tensors(f, lambda t: t["remap"].__setitem__(0, 10**6)), "does not hold"),
-    "remap twice": (lambda f: _edit_tensors(f, lambda t: t["remap"].__setitem__(0, int(t["remap"][1]))), "does not"),
+    "bitmap outside": (lambda f: _edit_tensors(f, lambda t: t["directory"].__setitem__(15, 255)), "does not hold"),
+    "other directory": (
+        lambda f: _edit_manifest(f, lambda d: d["collections"][0]["tables"][0].update(directory="ranked")),
+        "another directory",
+    ),
     "runs fall": (lambda f: _edit_tensors(f, lambda t: t["run_starts"].__setitem__(1, 0)), "does not hold"),
+    "tables apart": (lambda f: _edit_tensors(f, lambda t: t["weights_offsets"].__setitem__(1, 1)), "does not hold"),
     "not finite": (lambda f: _edit_tensors(f, lambda t: t["alpha"].fill_(float("nan"))), "does not hold"),
     "missing tensor": (lambda f: _edit_tensors(f, lambda t: t.pop("beta")), "does not hold"),
-    "other dtype": (lambda f: _edit_tensors(f, lambda t: t.update(payload=t["payload"].int())), "does not hold"),
+    "other dtype": (lambda f: _edit_tensors(f, lambda t: t.update(weights=t["weights"].int())), "does not hold"),
     "beta outside": (lambda f: _edit_tensors(f, lambda t: t["beta_offsets"].fill_(1000)), "does not hold"),
-    "short payload": (lambda f: _edit_tensors(f, lambda t: t.update(payload=t["payload"][:-64].clone())), "does not"),
+    "short weights": (lambda f: _edit_tensors(f, lambda t: t.update(weights=t["weights"][:-64].clone())), "does not"),
 }
 
 

@@ -53,6 +53,29 @@ def test_emission_leaves_the_model_alone() -> None:
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("directory", "kinds"),
+    [
+        ("nibble", ["nibble", "nibble", "nibble"]),
+        ("bitmap", ["bitmap_nibble", "bitmap_nibble", "bitmap_nibble"]),
+        ({"t1": "remap", "t2": "ranked"}, ["remap", "ranked", "nibble"]),
+    ],
+)
+def test_directories(directory: str | dict[str, str], kinds: list[str]) -> None:
+    trained = retrained()
+    packed = mpe.emit_inference_model(trained, directory=directory)
+    assert isinstance(packed, mpe.PackedEmbeddingBagCollection)
+    assert [table.directory_kind for table in packed.size_report().tables] == kinds
+    torch.testing.assert_close(packed(kjt()).values(), trained(kjt()).values(), rtol=1e-6, atol=1e-6)
+
+
+def test_directories_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="table t1 cannot have a ranked directory"):
+        mpe.emit_inference_model(retrained(), directory="ranked")
+    with pytest.raises(ValueError, match="a directory is chosen for t9; the tables are t1, t2, t3"):
+        mpe.emit_inference_model(retrained(), directory={"t9": "nibble"})
+
+
 def test_emission_needs_the_retrain_phase() -> None:
     with pytest.raises(ValueError, match="collection ebc is in the plain phase"):
         mpe.emit_inference_model(nn.ModuleDict({"ebc": mpe.MPEEmbeddingBagCollection(tables())}))

@@ -42,7 +42,7 @@ def test_buffers_are_all_it_stores_and_survive() -> None:
 def test_a_damaged_state_dict_is_refused() -> None:
     packed = packed_collection()
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    state["run_records"][0, 0] = 10**12
+    state["tbe.weights_offsets"][0] = 10**12
     with pytest.raises(ValueError, match="table t1"):
         packed.load_state_dict(state)
 
@@ -90,3 +90,27 @@ def test_configs_must_fit() -> None:
         mpe.PackedEmbeddingBagCollection(tables=other, packed=packed)
     with pytest.raises(ValueError):
         mpe.PackedEmbeddingBagCollection(tables=tables(), packed=pack_tables([]))
+
+
+def test_stock_fbgemm_as_storage() -> None:
+    """Equal but for float16's rounding of the step sizes, with no op of ours, and larger."""
+    packed = packed_collection()
+    stock = mpe.PackedEmbeddingBagCollection(tables=tables(), packed=packed.packed_tables(), backend="fbgemm")
+    assert stock.backend() == "fbgemm" and packed.backend() == "packed"
+    ours, theirs = packed(kjt()), stock(kjt())
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(theirs.values(), ours.values(), rtol=1e-2, atol=1e-4)
+    assert not torch.equal(theirs.values(), torch.zeros_like(theirs.values()))
+    with pytest.raises(TypeError, match="FBGEMM's INT2, INT4 and INT8 rows"):
+        stock.packed_tables()
+    with pytest.raises(ValueError, match="no backend other"):
+        mpe.PackedEmbeddingBagCollection(tables=tables(), packed=packed.packed_tables(), backend="other")
+
+
+def test_ids_out_of_range_can_be_tolerated() -> None:
+    packed = packed_collection().packed_tables()
+    bad = KeyedJaggedTensor.from_lengths_sync(["f1", "f2", "f3"], torch.tensor([0, 1, 9]), torch.tensor([1, 1, 1]))
+    good = KeyedJaggedTensor.from_lengths_sync(["f1", "f2", "f3"], torch.tensor([0, 1, 0]), torch.tensor([1, 1, 1]))
+    for backend in ("packed", "fbgemm"):
+        ebc = mpe.PackedEmbeddingBagCollection(tables(), packed, backend=backend, bounds_check_mode=2)
+        torch.testing.assert_close(ebc(bad).values(), ebc(good).values(), rtol=0, atol=0)

@@ -1,9 +1,12 @@
 """Layout, bytes and codes of packed tables."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from torchrec_mpe import TableBitWidths
 from torchrec_mpe.packing import TableToPack, pack_tables, packed_bytes, size_report, validate_packed_tables
@@ -11,23 +14,26 @@ from torchrec_mpe.packing import TableToPack, pack_tables, packed_bytes, size_re
 ALPHA = torch.tensor([0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625])
 
 
-def to_pack(name: str, widths: TableBitWidths, seed: int = 0, zero: bool = True) -> TableToPack:
+def to_pack(
+    name: str, widths: TableBitWidths, seed: int = 0, zero: bool = True, directory: str = "auto"
+) -> TableToPack:
     rows = torch.randn(widths.num_embeddings, widths.embedding_dim, generator=torch.Generator().manual_seed(seed))
     beta = torch.linspace(-0.1, 0.1, widths.embedding_dim)
     zero_row = torch.full((widths.embedding_dim,), 7.0) if zero else None
-    return TableToPack(name, widths, lambda start, stop: rows[start:stop], ALPHA, beta, zero_row)
+    return TableToPack(name, widths, lambda start, stop: rows[start:stop], ALPHA, beta, zero_row, directory)
 
 
 def test_layout_by_hand() -> None:
     """D = 8. 10 rows of 6 bits: 60 bytes; 3 bits from byte 64: 5 rows, 15 bytes; table u's 2 bits from byte 128."""
     t = TableBitWidths(20, 8, (0, 10, 15, 20), (6, 3, 0))
     u = TableBitWidths(3, 8, (0, 3), (2,))
-    packed = pack_tables([to_pack("t", t), to_pack("u", u)])
-    assert packed.payload.numel() == 128 + 3 * 2 + 64
+    packed = pack_tables([to_pack("t", t, directory="ranked"), to_pack("u", u)])
+    assert packed.weights.numel() == 128 + 64 + 64 and packed.weights_offsets.tolist() == [0, 128]
     assert packed.run_starts.tolist() == [0, 10, 15, 0] and packed.run_offsets.tolist() == [0, 3, 4]
-    # {base - first * row_bytes, row_bytes | bits << 32}
-    assert packed.run_records.tolist() == [[0, 6 | 6 << 32], [64 - 10 * 3, 3 | 3 << 32], [0, 0], [128, 2 | 2 << 32]]
-    assert not packed.payload[60:64].any() and not packed.payload[79:128].any() and not packed.payload[134:].any()
+    # {base - first * row_bytes, row_bytes | bits << 32}, the base counted from the table's first byte
+    assert packed.run_records.tolist() == [[0, 6 | 6 << 32], [64 - 10 * 3, 3 | 3 << 32], [0, 0], [0, 2 | 2 << 32]]
+    assert not packed.weights[60:64].any() and not packed.weights[79:128].any() and not packed.weights[134:].any()
+    assert packed.directory_offsets.tolist() == [-1, -1] and packed.directory.numel() == 0
 
 
 def test_codes_by_hand() -> None:
@@ -36,27 +42,45 @@ def test_codes_by_hand() -> None:
     widths = TableBitWidths(1, 8, (0, 1), (2,))
     packed = pack_tables([TableToPack("t", widths, lambda a, b: row[a:b], ALPHA, torch.zeros(8), None)])
     # 0 1 2 2 | 3 3 3 0 -> 0b10_10_01_00, 0b00_11_11_11
-    assert packed.payload[:2].tolist() == [0b10100100, 0b00111111]
+    assert packed.weights[:2].tolist() == [0b10100100, 0b00111111]
 
 
 def test_mapped_rows_lie_by_width_and_rank() -> None:
     """Ranks 3 1 0 2 with widths 8 0 8 0: stored ranks 0 and 1 are rows 2 and 3."""
     ranks = torch.tensor([3, 1, 0, 2], dtype=torch.int32)
     widths = TableBitWidths(4, 8, (0, 1, 2, 3, 4), (8, 0, 8, 0), ranks)
-    packed = pack_tables([to_pack("t", widths)])
-    assert packed.remap.tolist() == [3, 2, 0, 1]
+    packed = pack_tables([to_pack("t", widths, directory="remap")])
+    assert packed.directory.view(torch.int32).tolist() == [3, 2, 0, 1, *[0] * 12]
     assert packed.run_starts.tolist() == [0, 2]
 
 
-def test_rows_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ranks in (None, torch.randperm(500, generator=torch.Generator().manual_seed(1)).to(torch.int32)):
-        widths = TableBitWidths(500, 8, (0, 7, 100, 101, 400, 500), (5, 3, 3, 1, 0), ranks)
-        whole = pack_tables([to_pack("t", widths)])
-        monkeypatch.setattr("torchrec_mpe.packing.pack._CHUNK_ELEMENTS", 64)
-        pieces = pack_tables([to_pack("t", widths)])
-        monkeypatch.undo()
-        for name, tensor in whole.tensors().items():
-            assert torch.equal(tensor, pieces.tensors()[name]), name
+@pytest.mark.parametrize("directory", ["ranked", "remap", "nibble", "bitmap"])
+def test_rows_are_read_in_pieces(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = torch.randperm(1500, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    bounds, bits = (0, 7, 100, 101, 400, 1500), (5, 3, 3, 1, 0)
+    widths = TableBitWidths(1500, 8, bounds, bits, None if directory == "ranked" else ranks)
+    whole = pack_tables([to_pack("t", widths, directory=directory)])
+    monkeypatch.setattr("torchrec_mpe.packing.pack._CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("torchrec_mpe.packing.directory_lines._CHUNK_ROWS", 64)
+    pieces = pack_tables([to_pack("t", widths, directory=directory)])
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, pieces.tensors()[name]), name
+    assert pieces.layouts() == whole.layouts()
+
+
+def test_rows_of_no_bits_need_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchrec_mpe.packing.pack._CHUNK_ELEMENTS", 8 * 10)
+    widths = TableBitWidths(100, 8, (0, 20, 100), (4, 0))
+    for directory in ("ranked", "nibble", "bitmap"):
+        asked: list[tuple[int, int]] = []
+        source = to_pack("t", widths)
+
+        def rows(start: int, stop: int, source: TableToPack = source, asked: list[tuple[int, int]] = asked) -> Tensor:
+            asked.append((start, stop))
+            return source.rows(start, stop)
+
+        pack_tables([dataclasses.replace(source, rows=rows, directory=directory)])
+        assert asked == [(0, 10), (10, 20)]
 
 
 @st.composite

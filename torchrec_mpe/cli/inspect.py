@@ -50,5 +50,5 @@ def _describe(path: Path) -> str:
             parts += ["", name or "embedding bag collection", str(module.size_report())]
             for table in module.size_report().tables:
                 widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)
-                parts.append(f"  {table.name}: {widths}")
+                parts.append(f"  {table.name}: {table.directory_kind}, {widths}")
     return "\n".join(parts)

@@ -16,12 +16,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec_mpe.atomic import atomic_directory
 from torchrec_mpe.digest import file_sha256
 from torchrec_mpe.modules.packed_embedding_bag_collection import PackedEmbeddingBagCollection
-from torchrec_mpe.ops.reference.packed_embedding_bag import OUTPUT_DTYPES
+from torchrec_mpe.ops.check_bags import OUTPUT_DTYPES
 from torchrec_mpe.packing import PackedTables, TableShape, validate_packed_tables
 from torchrec_mpe.versions import __version__, installed_versions
 
 _FORMAT = "torchrec_mpe.artifact"
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "manifest.json"
 _DENSE = "dense.safetensors"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in OUTPUT_DTYPES}
@@ -70,7 +70,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         (folder / _MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    backend: str = "packed",
+) -> nn.Module:
     """Read what :func:`save` wrote, after checking every digest, shape, offset and width.
 
     Args:
@@ -79,6 +85,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
             device, where the saved model has packed ones; these are replaced in place and the rest is loaded. None: the
             packed collections alone.
         device (torch.device): where the tensors go.
+        backend (str): how the collections store their rows, "packed" or "fbgemm", see PackedEmbeddingBagCollection.
 
     Returns:
         nn.Module: ``model`` in eval mode; or the PackedEmbeddingBagCollection, or a ModuleDict of several by name with
@@ -89,12 +96,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, device: t
         ValueError: if a file is damaged, of another version, or does not fit the others or ``model``.
     """
     folder = Path(path)
+    if backend not in ("packed", "fbgemm"):
+        raise ValueError(f"there is no backend {backend}: choose packed or fbgemm")
     try:
         document = _read_manifest(folder)
         collections = {entry["name"]: _read_collection(folder, entry) for entry in document["collections"]}
         dense = _read_tensors(folder, document["dense"]) if document["dense"] else {}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{folder / _MANIFEST} is damaged: {type(error).__name__} {error}") from error
+    if backend == "fbgemm":
+        collections = {name: collection.on_fbgemm() for name, collection in collections.items()}
     if model is None:
         if len(collections) == 1:
             alone: nn.Module = next(iter(collections.values())).to(device)
@@ -156,6 +167,7 @@ def _write_collection(folder: Path, number: int, name: str, module: PackedEmbedd
                 "embedding_dim": t.embedding_dim,
                 "feature_names": list(t.feature_names),
                 "pooling": t.pooling.value,
+                "directory": size.directory_kind,
                 "rows_per_width": list(size.rows_per_width),
                 "bytes": size.to_dict(),
             }
@@ -183,6 +195,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"{file} does not describe an artifact")
+    if document.get("version") == 1:
+        raise ValueError(f"{file} was written by an earlier pre-release of torchrec_mpe: emit the model again")
     if document.get("version") != _VERSION:
         raise ValueError(f"{file} is of version {document.get('version')}, this release reads version {_VERSION}")
     return document
@@ -229,8 +243,11 @@ def _read_collection(folder: Path, entry: Mapping[str, Any]) -> PackedEmbeddingB
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} does not hold what the manifest says: {error}") from error
-    rows_per_width = {size.name: list(size.rows_per_width) for size in collection.size_report().tables}
+    sizes = {size.name: size for size in collection.size_report().tables}
     for t in entry["tables"]:
-        if t["rows_per_width"] != rows_per_width[t["name"]]:
-            raise ValueError(f"{file}: table {t['name']} has other bit-widths than the manifest says")
+        size = sizes[t["name"]]
+        if (t["directory"], t["rows_per_width"]) != (size.directory_kind, list(size.rows_per_width)):
+            raise ValueError(
+                f"{file}: table {t['name']} has another directory or other bit-widths than the manifest says"
+            )
     return collection

@@ -1,7 +1,7 @@
 """From a retrained model to an inference model with packed rows."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection, Phase
-from torchrec_mpe.packing import TableToPack, pack_tables
+from torchrec_mpe.packing import TableToPack, directory_by_table, pack_tables
 from torchrec_mpe.quantizer import RetrainQuantizer
 
 RowSource = Callable[[int, int], Tensor]
@@ -19,7 +19,9 @@ Collection = MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection
 
 
 @torch.no_grad()
-def emit_inference_model(model: nn.Module, *, output_dtype: torch.dtype = torch.float32) -> nn.Module:
+def emit_inference_model(
+    model: nn.Module, *, output_dtype: torch.dtype = torch.float32, directory: str | Mapping[str, str] = "auto"
+) -> nn.Module:
     """A copy of a retrained model, in eval mode, whose collections hold packed rows.
 
     The rows are packed a few MiB at a time; neither they nor the dense network of ``model`` change. In a sharded model
@@ -28,12 +30,15 @@ def emit_inference_model(model: nn.Module, *, output_dtype: torch.dtype = torch.
     Args:
         model (nn.Module): in the retrain phase; DistributedModelParallel, sharded or unsharded.
         output_dtype (torch.dtype): of the pooled embeddings, float32, float16 or bfloat16.
+        directory (Union[str, Mapping[str, str]]): how ids find rows, "ranked", "remap", "nibble" or "bitmap", for all
+            tables or by table name; "auto", and for tables that are not named: whatever makes the table smallest.
 
     Returns:
         nn.Module: the unwrapped model on its device, with PackedEmbeddingBagCollections in place of the trained ones.
 
     Raises:
-        ValueError: if there is no collection, or one is not in the retrain phase.
+        ValueError: if there is no collection, or one is not in the retrain phase; naming the table, if a directory
+            cannot store its bit-widths or is for no table.
     """
     source = get_unwrapped_module(model)
     collections = {name: module for name, module in source.named_modules() if isinstance(module, Collection)}
@@ -45,13 +50,17 @@ def emit_inference_model(model: nn.Module, *, output_dtype: torch.dtype = torch.
                 f"collection {name or type(module).__name__} is in the {module.phase.value} phase: fix bit-widths with "
                 "prepare_retrain_ and train before emitting"
             )
+    names = [config.name for module in collections.values() for config in module.embedding_bag_configs()]
+    chosen = directory_by_table(names, directory)
     # deepcopy finds the packed collections in its memo and never touches the trained rows.
-    memo = {id(module): _pack(module, output_dtype) for module in collections.values()}
+    memo = {id(module): _pack(module, output_dtype, chosen) for module in collections.values()}
     emitted: nn.Module = copy.deepcopy(source, memo)
     return emitted.eval()
 
 
-def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingBagCollection:
+def _pack(
+    collection: Collection, output_dtype: torch.dtype, directory: Mapping[str, str]
+) -> PackedEmbeddingBagCollection:
     sharded = isinstance(collection, ShardedMPEEmbeddingBagCollection)
     tables: list[TableToPack] = []
     device = torch.device("cpu")
@@ -68,6 +77,7 @@ def _pack(collection: Collection, output_dtype: torch.dtype) -> PackedEmbeddingB
                 quantizer.step_size_of_width().float().cpu(),
                 quantizer.beta.detach().float().cpu(),
                 None if quantizer.zero_rows is None else quantizer.zero_row(config.name).float().cpu(),
+                directory[config.name],
             )
         )
     return PackedEmbeddingBagCollection(

@@ -1,8 +1,6 @@
 """Packed tables as a TorchRec module."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,35 +13,40 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
-from torchrec_mpe.ops.reference.packed_embedding_bag import OUTPUT_DTYPES
+from torchrec_mpe.modules.fbgemm_embedding_bags import FbgemmTableBatchedEmbeddingBags
+from torchrec_mpe.modules.packed_table_batched_embedding_bags import PackedTableBatchedEmbeddingBags
+from torchrec_mpe.ops.bounds_check import BoundsCheckMode
+from torchrec_mpe.ops.check_bags import OUTPUT_DTYPES
 from torchrec_mpe.packing.packed_tables import PackedTables
-from torchrec_mpe.packing.size import SizeReport, size_report
-from torchrec_mpe.packing.validate import validate_packed_tables
+from torchrec_mpe.packing.size import SizeReport
 
 _POOLING_MODES = {PoolingType.SUM: 0, PoolingType.MEAN: 1}
-
-Self = TypeVar("Self", bound="PackedEmbeddingBagCollection")
 
 
 class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """An EmbeddingBagCollection for inference whose rows take exactly their bits.
 
-    Same input, output keys, order and shapes as ``torchrec.modules.embedding_modules.EmbeddingBagCollection``. All
-    state is in buffers, the tensors of :class:`PackedTables`: no parameters, no gradients. ``.to(device)`` moves them;
-    ``.half()``, ``.float()`` and ``.to(dtype)`` leave every buffer as it is, scales stay float32 (choose the output's
-    dtype with ``output_dtype``). A state_dict loads into a collection of the same widths and is checked.
+    Same input, output keys, order and shapes as ``torchrec.modules.embedding_modules.EmbeddingBagCollection``. The
+    tables are in ``tbe``: with ``backend="packed"`` a :class:`PackedTableBatchedEmbeddingBags`, rows at exactly their
+    bits; with ``backend="fbgemm"`` a :class:`FbgemmTableBatchedEmbeddingBags`, rows widened to INT2, INT4 and INT8 for
+    hosts that have FBGEMM but not this library's operators, larger and equal within float16's rounding of the step
+    sizes. All state is in its buffers: no parameters, no gradients; ``.half()`` and friends leave them as they are
+    (choose the output's dtype with ``output_dtype``). A state_dict loads into a collection of the same tables, widths
+    and backend, and is checked.
 
     Args:
         tables (list[EmbeddingBagConfig]): configs with pooling SUM or MEAN, in output order.
         packed (PackedTables): the same tables, in any order.
         is_weighted (bool): whether features carry per-sample weights.
-        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; or float64.
+        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; with "packed" also float64.
         device (Optional[torch.device]): where the buffers go; None: they stay.
+        backend (str): "packed" or "fbgemm".
+        bounds_check_mode (int): what becomes of ids that are no rows of their table, FBGEMM's BoundsCheckMode; FATAL by
+            default.
 
     Raises:
         ValueError: naming the table, if configs and packed tables differ, a table has another pooling type, or a
-            weighted table has MEAN pooling.
+            weighted table has MEAN pooling; or if there is no such backend or dtype.
 
     Example::
 
@@ -54,8 +57,6 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         torch.Size([2, 16])
     """
 
-    payload: Tensor
-
     def __init__(
         self,
         tables: list[EmbeddingBagConfig],
@@ -63,6 +64,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         is_weighted: bool = False,
         output_dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        backend: str = "packed",
+        bounds_check_mode: int = BoundsCheckMode.FATAL,
     ) -> None:
         super().__init__()
         if output_dtype not in OUTPUT_DTYPES:
@@ -70,31 +73,36 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = copy.deepcopy(tables)
         self._is_weighted = is_weighted
         self._output_dtype = output_dtype
-        self._tables = packed.tables
+        self._backend = backend
         table_index = _match_tables(self._configs, packed, is_weighted)
         self._feature_names: list[str] = []
         self._feature_labels: list[str] = []
         self._lengths_per_embedding: list[int] = []
-        self._feature_table_map: list[int] = []
-        self._pooling_modes: list[int] = []
+        feature_table_map: list[int] = []
+        pooling_mode: list[int] = []
         for config in self._configs:
             config.feature_names = config.feature_names or [config.name]
             for feature in config.feature_names:
                 self._feature_names.append(feature)
                 self._feature_labels.append(f"table {config.name}, feature {feature}")
                 self._lengths_per_embedding.append(config.embedding_dim)
-                self._feature_table_map.append(table_index[config.name])
-                self._pooling_modes.append(_POOLING_MODES[config.pooling])
+                feature_table_map.append(table_index[config.name])
+                pooling_mode.append(_POOLING_MODES[config.pooling])
         self._embedding_names: list[str] = [
             name for names in get_embedding_names_by_table(self._configs) for name in names
         ]
-        self._D_offsets = [0]
-        for length in self._lengths_per_embedding:
-            self._D_offsets.append(self._D_offsets[-1] + length)
-        self._buffer_names = list(packed.tensors())
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor if device is None else tensor.to(device))
-        self.register_load_state_dict_post_hook(_check_loaded)
+        if backend not in ("packed", "fbgemm"):
+            raise ValueError(f"there is no backend {backend}: choose packed or fbgemm")
+        storage = PackedTableBatchedEmbeddingBags if backend == "packed" else FbgemmTableBatchedEmbeddingBags
+        self.tbe: PackedTableBatchedEmbeddingBags | FbgemmTableBatchedEmbeddingBags = storage(
+            packed,
+            feature_table_map,
+            pooling_mode,
+            output_dtype=output_dtype,
+            bounds_check_mode=bounds_check_mode,
+            feature_labels=self._feature_labels,
+            device=device,
+        )
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool.
@@ -131,7 +139,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 self._pool_each(features, weights), reorder_inverse_indices(inverse_indices, self._feature_names)
             )
         else:
-            pooled = self._pool(features.values(), features.offsets(), weights, 0, len(self._feature_names))
+            pooled = self.tbe(features.values(), features.offsets(), weights)
             if inverse_indices is not None:
                 pooled = process_pooled_embeddings(
                     list(pooled.split(self._lengths_per_embedding, dim=1)),
@@ -139,48 +147,70 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 )
         return KeyedTensor(keys=self._embedding_names, length_per_key=self._lengths_per_embedding, values=pooled)
 
-    def _pool(self, values: Tensor, offsets: Tensor, weights: Tensor | None, first: int, last: int) -> Tensor:
-        """[B, D of features first to last - 1]."""
-        column = self._D_offsets[first]
-        tensors: dict[str, Any] = {name: self._buffers[name] for name in self._buffer_names}
-        return packed_embedding_bag(
-            **tensors,
-            D_offsets=[offset - column for offset in self._D_offsets[first : last + 1]],
-            feature_table_map=self._feature_table_map[first:last],
-            pooling_modes=self._pooling_modes[first:last],
-            indices=values,
-            offsets=offsets,
-            per_sample_weights=weights,
-            output_dtype=self._output_dtype,
-            feature_labels=self._feature_labels[first:last],
-        )
-
     def _pool_each(self, features: KeyedJaggedTensor, weights: Tensor | None) -> list[Tensor]:
         """One tensor a feature, each with its own batch size."""
+        if not isinstance(self.tbe, PackedTableBatchedEmbeddingBags):
+            raise NotImplementedError(
+                f"features {', '.join(self._feature_names)} vary in batch size: the fbgemm backend takes one for all; "
+                "use the packed backend"
+            )
         offsets, ids = features.offsets(), features.offset_per_key()
         pooled: list[Tensor] = []
         bag = 0
         for f, batch in enumerate(features.stride_per_key()):
             span = slice(ids[f], ids[f + 1])
             pooled.append(
-                self._pool(
+                self.tbe.lookup(
+                    slice(f, f + 1),
                     features.values()[span],
                     offsets[bag : bag + batch + 1] - ids[f],
                     None if weights is None else weights[span],
-                    f,
-                    f + 1,
                 )
             )
             bag += batch
         return pooled
 
     def packed_tables(self) -> PackedTables:
-        """The buffers, not copied."""
-        return PackedTables(self._tables, **{name: self.get_buffer(name) for name in self._buffer_names})
+        """The packed tensors, not copied.
+
+        Raises:
+            TypeError: with the fbgemm backend, which does not keep them.
+        """
+        return self._packed_storage().packed_tables()
 
     def size_report(self) -> SizeReport:
-        """Bytes of every buffer by kind, per table and overall."""
-        return size_report(self.packed_tables())
+        """Bytes of every buffer by kind, per table and overall; raises as :meth:`packed_tables`."""
+        return self._packed_storage().size_report()
+
+    def _packed_storage(self) -> PackedTableBatchedEmbeddingBags:
+        if not isinstance(self.tbe, PackedTableBatchedEmbeddingBags):
+            raise TypeError(
+                f"the collection of tables {', '.join(c.name for c in self._configs)} stores FBGEMM's INT2, INT4 and "
+                "INT8 rows, not packed ones: take those from the collection that it was made from"
+            )
+        return self.tbe
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables as stored."""
+        return self.tbe.nbytes
+
+    def on_fbgemm(self) -> "PackedEmbeddingBagCollection":
+        """The same collection with ``backend="fbgemm"``; raises as :meth:`packed_tables`."""
+        packed = self._packed_storage()
+        return PackedEmbeddingBagCollection(
+            self._configs,
+            packed.packed_tables(),
+            self._is_weighted,
+            self._output_dtype,
+            packed.device,
+            "fbgemm",
+            packed.bounds_check_mode,
+        )
+
+    def backend(self) -> str:
+        """How the tables are stored: "packed" or "fbgemm"."""
+        return self._backend
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The tables' configs, in output order."""
@@ -197,33 +227,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     @property
     def device(self) -> torch.device:
         """The device of the buffers."""
-        return self.payload.device
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Floating-point buffers travel as integers, so that half() and friends see nothing to convert.
-        moved: dict[str, Tensor] = {}
-        for name in self._buffer_names:
-            buffer = self.get_buffer(name)
-            bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
-            result = fn(bits)
-            if result.dtype != bits.dtype:
-                raise TypeError(f"buffer {name} of a packed collection cannot become {result.dtype}")
-            moved[name] = result.view(buffer.dtype)
-        self._buffers.update(moved)
-        return self
-
-    def extra_repr(self) -> str:
-        if self.device.type == "meta":
-            return ",\n".join(f"{table.name}({table.num_embeddings}, {table.embedding_dim})" for table in self._tables)
-        report = self.size_report()
-        lines = []
-        for table in report.tables:
-            widths = {bits: rows for bits, rows in enumerate(table.rows_per_width) if rows}
-            lines.append(
-                f"{table.name}({table.num_embeddings}, {table.embedding_dim}, rows per bit-width {widths}, "
-                f"{table.total} bytes, {table.compression_ratio:.1f}x)"
-            )
-        return "\n".join([*lines, f"all: {report.total} bytes, {report.compression_ratio:.1f}x"])
+        device: torch.device = next(self.buffers()).device
+        return device
 
 
 def _match_tables(configs: list[EmbeddingBagConfig], packed: PackedTables, is_weighted: bool) -> dict[str, int]:
@@ -247,9 +252,3 @@ def _match_tables(configs: list[EmbeddingBagConfig], packed: PackedTables, is_we
         if is_weighted and config.pooling == PoolingType.MEAN:
             raise ValueError(f"table {config.name}: MEAN pooling takes no per-sample weights")
     return index
-
-
-def _check_loaded(module: PackedEmbeddingBagCollection, _incompatible_keys: Any) -> None:
-    """After load_state_dict: refuse tensors with which a lookup could leave its buffers."""
-    if module.device.type != "meta":
-        validate_packed_tables(module.packed_tables())

@@ -3,11 +3,13 @@
 from torchrec_mpe.ops.backends import available_backends, use_backend
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
+from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 
 __all__ = [
     "available_backends",
     "expected_quantization",
     "fixed_quantization",
     "packed_embedding_bag",
+    "quantize_and_pack",
     "use_backend",
 ]

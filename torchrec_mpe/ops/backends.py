@@ -1,9 +1,15 @@
-"""Which implementation of an op runs: an explicit choice, or the best one that is available."""
+"""Which implementation of an op runs: an explicit choice, or the fastest for the tensors' device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+import torch
+
+from torchrec_mpe.ops import library
+
+BACKENDS = ("reference", "cpu", "triton")
 
 _chosen: ContextVar[str | None] = ContextVar("torchrec_mpe_backend", default=None)
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -42,13 +48,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def implementation(op: str, backend: str | None = None) -> Callable[..., Any]:
-    """The function that runs ``op``: ``backend``'s if given, else that of :func:`use_backend`, else the reference.
+    """The function that runs ``op``: ``backend``'s if given, else that of :func:`use_backend`, else the dispatcher's.
+
+    The dispatcher's is the compiled op ``torch.ops.torchrec_mpe.<op>``, C++ on CPU tensors and Triton on CUDA tensors.
+    Where the library is not built it is the reference, with one warning per process.
 
     Raises:
         ValueError: if the asked-for backend does not implement the op.
     """
-    name = backend or _chosen.get() or "reference"
     table = _implementations[op]
-    if name not in table:
-        raise ValueError(f"op {op} has no backend {name}; available: {', '.join(sorted(table))}")
-    return table[name]
+    if backend is None and not torch.compiler.is_compiling():
+        backend = _chosen.get()
+    if backend is None:
+        if library.is_loaded():
+            return table["cpu"]  # torch.ops, which also dispatches CUDA tensors
+        library.warn_once()
+        return table["reference"]
+    if backend not in table:
+        why = f" ({library.problem()})" if backend == "cpu" and not library.is_loaded() else ""
+        raise ValueError(f"op {op} has no backend {backend}{why}; available: {', '.join(sorted(table))}")
+    return table[backend]

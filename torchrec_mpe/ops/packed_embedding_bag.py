@@ -1,22 +1,29 @@
 """The lookup of packed tables."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import torchrec_mpe.ops.reference.packed_embedding_bag  # noqa: F401  (the import registers the reference)
-from torchrec_mpe.ops.backends import implementation
+from torchrec_mpe.ops import library
+from torchrec_mpe.ops.backends import implementation, register
+from torchrec_mpe.ops.bounds_check import BoundsCheckMode
+from torchrec_mpe.ops.reference import packed_embedding_bag as reference
+from torchrec_mpe.ops.triton_backend import packed_embedding_bag as triton_packed_embedding_bag
 
 
 def packed_embedding_bag(
-    payload: Tensor,
+    weights: Tensor,
+    weights_offsets: Tensor,
+    rows_per_table: Tensor,
     run_records: Tensor,
     run_starts: Tensor,
     run_offsets: Tensor,
-    rows_per_table: Tensor,
-    remap: Tensor,
-    remap_offsets: Tensor,
+    directory_kinds: Tensor,
+    directory: Tensor,
+    directory_offsets: Tensor,
     alpha: Tensor,
     beta: Tensor,
     beta_offsets: Tensor,
@@ -25,13 +32,16 @@ def packed_embedding_bag(
     zero_row_offsets: Tensor,
     D_offsets: Sequence[int],  # noqa: N803  (FBGEMM's name)
     feature_table_map: Sequence[int],
-    pooling_modes: Sequence[int],
+    pooling_mode: Sequence[int],
     indices: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None = None,
     output_dtype: torch.dtype = torch.float32,
-    feature_labels: Sequence[str] | None = None,
+    bounds_check_mode: int = BoundsCheckMode.FATAL,
+    bounds_check_warning: Tensor | None = None,
     *,
+    out: Tensor | None = None,
+    feature_labels: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Look up and pool the rows of F features in T packed tables, like FBGEMM's inference TBE.
@@ -41,49 +51,109 @@ def packed_embedding_bag(
     Source: MPE (arXiv 2409.20305) for the quantizer, LSQ+ (arXiv 2004.09576).
 
     Args:
-        payload, run_records, run_starts, run_offsets, rows_per_table, remap, remap_offsets, alpha, beta, beta_offsets,
-            scale_index, zero_rows, zero_row_offsets (Tensor): the tensors of
-            :class:`torchrec_mpe.packing.PackedTables`, which draws their layout.
+        weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets, directory_kinds, directory,
+            directory_offsets, alpha, beta, beta_offsets, scale_index, zero_rows, zero_row_offsets (Tensor): the
+            tensors of :class:`torchrec_mpe.packing.PackedTables`, which draws their layout.
         D_offsets (Sequence[int]): F + 1 columns, where each feature's output starts; the last is total_D.
         feature_table_map (Sequence[int]): F tables.
-        pooling_modes (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
+        pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
         indices (Tensor): int32 or int64 [N], row ids, feature by feature, bag by bag.
         offsets (Tensor): int32 or int64 [F * B + 1], where each bag starts in ``indices``.
         per_sample_weights (Optional[Tensor]): floating point [N].
-        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; float64 computes in float64.
-        feature_labels (Optional[Sequence[str]]): what errors call each feature; default "table t (feature f)" by index.
+        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; float64, computed in float64,
+            on the reference only.
+        bounds_check_mode (int): a :class:`BoundsCheckMode`.
+        bounds_check_warning (Optional[Tensor]): int64 [1], to which mode WARNING adds the number of bad ids.
+        out (Optional[Tensor]): [B, total_D] of ``output_dtype``, contiguous, to write the result to.
+        feature_labels (Optional[Sequence[str]]): what errors call each feature; default "table t, feature f" by index.
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.
 
     Returns:
-        Tensor: [B, total_D], ``output_dtype``.
+        Tensor: [B, total_D], ``output_dtype``; ``out`` if given.
 
     Raises:
-        IndexError: naming the table, if an id is not a row of it; before any row is read.
+        IndexError: in mode FATAL, naming table and feature, if an id is not a row of its table; no such id is read.
         TypeError: if ids, offsets, weights or the output have a dtype that is not supported.
         ValueError: if offsets decrease or do not span the ids, shapes do not fit, or MEAN is weighted.
     """
     run = implementation("packed_embedding_bag", backend)
-    result: Tensor = run(
-        payload,
-        run_records,
-        run_starts,
-        run_offsets,
-        rows_per_table,
-        remap,
-        remap_offsets,
-        alpha,
-        beta,
-        beta_offsets,
-        scale_index,
-        zero_rows,
-        zero_row_offsets,
-        D_offsets,
-        feature_table_map,
-        pooling_modes,
-        indices,
-        offsets,
-        per_sample_weights,
-        output_dtype,
-        feature_labels,
-    )
+    try:
+        result: Tensor = run(
+            weights,
+            weights_offsets,
+            rows_per_table,
+            run_records,
+            run_starts,
+            run_offsets,
+            directory_kinds,
+            directory,
+            directory_offsets,
+            alpha,
+            beta,
+            beta_offsets,
+            scale_index,
+            zero_rows,
+            zero_row_offsets,
+            D_offsets,
+            feature_table_map,
+            pooling_mode,
+            indices,
+            offsets,
+            per_sample_weights,
+            output_dtype,
+            bounds_check_mode,
+            bounds_check_warning,
+            out,
+        )
+    except IndexError as error:
+        if feature_labels is None:
+            raise
+        raise _labelled(error, feature_labels) from None
     return result
+
+
+def _labelled(error: IndexError, labels: Sequence[str]) -> IndexError:
+    """The error with the feature's label in place of its number."""
+    found = re.match(r"table \d+, feature (\d+): (.*)", str(error).splitlines()[0])
+    return IndexError(f"{labels[int(found[1])]}: {found[2]}") if found else error
+
+
+def _compiled(weights: Tensor, *arguments: Any) -> Tensor:
+    """The compiled op, which tensors on CUDA go through to Triton; float64 results come from the reference."""
+    *rest, output_dtype, mode, warning, out = arguments
+    if output_dtype == torch.float64:
+        return reference.packed_embedding_bag(weights, *arguments)
+    if out is None:
+        result: Tensor = torch.ops.torchrec_mpe.packed_embedding_bag(weights, *rest, output_dtype, mode, warning)
+        return result
+    torch.ops.torchrec_mpe.packed_embedding_bag_out(weights, *rest, output_dtype, mode, warning, out=out)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _fake(weights: Tensor, *arguments: Any) -> Tensor:
+    columns, features, offsets = arguments[14], len(arguments[15]), arguments[18]
+    dtype = arguments[20] if len(arguments) > 20 else torch.float32
+    batch = (offsets.numel() - 1) // features if features else 0
+    return weights.new_empty((batch, columns[-1]), dtype=dtype)
+
+
+def _fake_out(*arguments: Any, out: Tensor) -> None:
+    return None
+
+
+def _cuda(*arguments: Any) -> Tensor:
+    result: Tensor = triton_packed_embedding_bag(*arguments, None)
+    return result
+
+
+def _cuda_out(*arguments: Any, out: Tensor) -> None:
+    triton_packed_embedding_bag(*arguments, out)
+
+
+if library.is_loaded():
+    register("packed_embedding_bag", "cpu", _compiled)
+    torch.library.register_fake("torchrec_mpe::packed_embedding_bag", _fake)
+    torch.library.register_fake("torchrec_mpe::packed_embedding_bag_out", _fake_out)
+    torch.library.impl("torchrec_mpe::packed_embedding_bag", "CUDA", _cuda)
+    torch.library.impl("torchrec_mpe::packed_embedding_bag_out", "CUDA", _cuda_out)

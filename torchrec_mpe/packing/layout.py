@@ -1,19 +1,28 @@
-"""Where every row of a collection of packed tables lies: runs of equal width in one payload buffer."""
+"""Where every row of a collection of packed tables lies, and how many bytes lead to it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.packing.bitpack import row_bytes
+from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.ops.reference.bitpack import row_bytes
 
 ALIGNMENT = 64
-"""Bytes to whose multiple the first row of every run is aligned: a cache line, and the widest vector load."""
+"""Bytes to whose multiple tables, runs and directories are aligned: a cache line, and the widest vector load."""
 
 END_PADDING = 64
-"""Bytes after the last row, so that a 64-byte load that starts inside any row stays in the payload."""
+"""Bytes after the last row, so that a 64-byte load that starts inside any row stays in the buffer."""
 
 MAX_ROWS = 2**31 - 1
 """Rows of a table: ranks are stored as int32."""
+
+RUN_BYTES = 20
+"""Bytes of a run: its record and its start."""
+
+
+def aligned(size: int) -> int:
+    """The next multiple of :data:`ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Run:
         rows (int): number of rows.
         bits (int): bit-width, 0 to 8.
         row_bytes (int): bytes of a row.
-        base (int): byte of the payload where the first row starts; 0 for 0 bits, which has no payload.
+        base (int): byte of the table where the first row starts; 0 for 0 bits, which are not stored.
     """
 
     first: int
@@ -43,8 +52,8 @@ class Run:
     def record(self) -> tuple[int, int]:
         """The run's 16 bytes as two little-endian int64: where rank 0 would lie, and row_bytes with bits above it.
 
-        A row of rank r lies at ``record[0] + r * row_bytes``. A 0-bit run is all zeros, so that a kernel without
-        branches reads the payload's first bytes and multiplies them by ``alpha[0] = 0``::
+        The row of rank r lies at byte ``record[0] + r * row_bytes`` of its table. A 0-bit run is all zeros, so that a
+        kernel without branches reads the table's first bytes and multiplies them by ``alpha[0] = 0``::
 
             byte    0                              8              12             16
                     | int64 base - first*row_bytes | u32 row_bytes | u32 bits    |
@@ -60,94 +69,160 @@ class Run:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """The runs of one table in rank order, and whether row ids need a remap to become ranks."""
+    """The directory kind, widths and runs of one table.
+
+    Attributes:
+        name (str): table.
+        num_embeddings (int): rows.
+        embedding_dim (int): elements of a row.
+        directory (Directory): how ids find rows.
+        rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
+        runs (tuple[Run, ...]): in rank order; none with NIBBLE and BITMAP_NIBBLE, and with BITMAP the kept rows'.
+    """
 
     name: str
     num_embeddings: int
     embedding_dim: int
+    directory: Directory
+    rows_per_width: tuple[int, ...]
     runs: tuple[Run, ...]
-    remapped: bool
 
     @property
     def has_zero_bits(self) -> bool:
         """Whether any row is 0 bits wide."""
-        return any(run.bits == 0 for run in self.runs)
+        return self.rows_per_width[0] > 0
 
-    def rows_per_width(self) -> list[int]:
-        """Rows of each bit-width, 9 numbers."""
-        rows = [0] * (MAX_BITS + 1)
-        for run in self.runs:
-            rows[run.bits] += run.rows
-        return rows
+    @property
+    def kept_rows(self) -> int:
+        """Rows of more than 0 bits."""
+        return self.num_embeddings - self.rows_per_width[0]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the packed rows alone."""
+        return sum(rows * row_bytes(self.embedding_dim, bits) for bits, rows in enumerate(self.rows_per_width))
+
+    @property
+    def end(self) -> int:
+        """The byte after the last row, counted from the table's first byte; gaps between runs lie before it."""
+        return max((run.end for run in self.runs if run.bits), default=0) if self.runs else self.payload_bytes
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """Bytes of the bitmap lines."""
+        has_bitmap = self.directory in (Directory.BITMAP, Directory.BITMAP_NIBBLE)
+        return -(-self.num_embeddings // BITMAP_ROWS) * LINE_BYTES if has_bitmap else 0
+
+    @property
+    def directory_bytes(self) -> int:
+        """Bytes of the remap or the lines."""
+        match self.directory:
+            case Directory.RANKED:
+                return 0
+            case Directory.REMAP:
+                return 4 * self.num_embeddings
+            case Directory.NIBBLE:
+                return -(-self.num_embeddings // NIBBLE_ROWS) * LINE_BYTES
+            case Directory.BITMAP:
+                return self.bitmap_bytes
+            case Directory.BITMAP_NIBBLE:
+                return self.bitmap_bytes + -(-self.kept_rows // NIBBLE_ROWS) * LINE_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that depend on the directory kind: rows, runs, remap or lines, each aligned."""
+        return aligned(self.end) + aligned(self.directory_bytes) + len(self.runs) * RUN_BYTES
 
 
 @dataclass(frozen=True)
 class CollectionLayout:
-    """The layout of a table-batched collection: like FBGEMM's TBE, all tables share one payload buffer.
+    """A table-batched collection: like FBGEMM's TBE, all tables share one buffer, and here one directory.
 
     ::
 
-        byte 0                 64-byte aligned         64-byte aligned           payload_bytes
-        | t0: rows of run 0 |..| t0: rows of run 1 |...| t1: rows of run 0 | 64 zeros |
+        weights    0                   64-byte aligned                              weights_bytes
+                   | t0: run 0 | run 1 | t1: run 0 |...                  | 64 zeros |
+        directory  0                   64-byte aligned                   directory_bytes
+                   | t0: lines         | t2: remap |...                  |
     """
 
     tables: tuple[TableLayout, ...]
-    payload_bytes: int
+
+    @property
+    def weights_offsets(self) -> tuple[int, ...]:
+        """The byte where each table starts."""
+        return (0, *accumulate(aligned(table.end) for table in self.tables))[:-1]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all rows, alignment and the padding at the end."""
+        return sum(aligned(table.end) for table in self.tables) + END_PADDING
+
+    @property
+    def directory_offsets(self) -> tuple[int, ...]:
+        """The byte where each table's part of the directory starts; -1: RANKED."""
+        starts = (0, *accumulate(aligned(table.directory_bytes) for table in self.tables))[:-1]
+        return tuple(
+            -1 if table.directory == Directory.RANKED else start
+            for table, start in zip(self.tables, starts, strict=True)
+        )
+
+    @property
+    def directory_bytes(self) -> int:
+        """Bytes of all remaps and lines, aligned."""
+        return sum(aligned(table.directory_bytes) for table in self.tables)
 
 
-def stored_runs(widths: TableBitWidths) -> list[tuple[int, int]]:
+def lay_out_table(name: str, widths: TableBitWidths, directory: Directory) -> TableLayout:
+    """Place every run of a table under a feasible directory kind; work is per run, never per row.
+
+    Raises:
+        ValueError: if the table has more rows than int32 ranks can count.
+    """
+    if widths.num_embeddings > MAX_ROWS:
+        raise ValueError(f"table {name}: {widths.num_embeddings} rows are more than the format's {MAX_ROWS}")
+    rows_per_width = tuple(widths.rows_per_width())
+    starts = stored_runs(widths, directory)
+    rows = widths.num_embeddings - (rows_per_width[0] if directory == Directory.BITMAP else 0)
+    stops = [*(first for first, _ in starts[1:]), rows]
+    runs: list[Run] = []
+    end = 0
+    for (first, bits), stop in zip(starts, stops, strict=False):  # kinds without runs have a stop all the same
+        base = aligned(end) if bits else 0
+        run = Run(first, stop - first, bits, row_bytes(widths.embedding_dim, bits), base)
+        end = run.end if bits else end
+        runs.append(run)
+    return TableLayout(name, widths.num_embeddings, widths.embedding_dim, directory, rows_per_width, tuple(runs))
+
+
+def stored_runs(widths: TableBitWidths, directory: Directory) -> list[tuple[int, int]]:
     """The runs in which a table's rows are stored: (first rank, bit-width) of each, ranks increasing.
 
-    Ids that are ranks keep their order. A table with a remap is free to choose one: each bit-width becomes one run,
-    widest first, rows in rank order inside it; its stored ranks are those of :func:`stored_rank_shifts`.
+    RANKED keeps the order of the ids. REMAP is free to choose one: each bit-width becomes one run, widest first, rows
+    in rank order inside it; its stored ranks are those of :func:`stored_rank_shifts`. BITMAP has one run of kept rows.
     """
-    if widths.ranks is None:
-        return widths.runs()
-    runs: list[tuple[int, int]] = []
-    first = 0
-    rows = widths.rows_per_width()
-    for bits in range(MAX_BITS, -1, -1):
-        if rows[bits]:
-            runs.append((first, bits))
-            first += rows[bits]
-    return runs
+    match directory:
+        case Directory.RANKED:
+            return widths.runs()
+        case Directory.BITMAP:
+            return [(0, max(widths.bits))]
+        case Directory.REMAP:
+            runs: list[tuple[int, int]] = []
+            first = 0
+            rows = widths.rows_per_width()
+            for bits in range(MAX_BITS, -1, -1):
+                if rows[bits]:
+                    runs.append((first, bits))
+                    first += rows[bits]
+            return runs
+    return []
 
 
 def stored_rank_shifts(widths: TableBitWidths) -> list[int]:
-    """What to add to the frequency ranks of each segment of ``widths`` to get stored ranks."""
-    if widths.ranks is None:
-        return [0] * len(widths.bits)
-    following = {bits: first for first, bits in stored_runs(widths)}
+    """What to add to the frequency ranks of each segment of ``widths`` to get the stored ranks of REMAP."""
+    following = {bits: first for first, bits in stored_runs(widths, Directory.REMAP)}
     shifts: list[int] = []
     for low, high, bits in zip(widths.bounds, widths.bounds[1:], widths.bits, strict=False):
         shifts.append(following[bits] - low)
         following[bits] += high - low
     return shifts
-
-
-def lay_out(tables: Mapping[str, TableBitWidths]) -> CollectionLayout:
-    """Place every run of every table; work is per run, never per row.
-
-    Args:
-        tables (Mapping[str, TableBitWidths]): table names, in the order of the collection, to widths.
-
-    Raises:
-        ValueError: if a table has more rows than int32 ranks can count.
-    """
-    layouts: list[TableLayout] = []
-    end = 0
-    for name, widths in tables.items():
-        if widths.num_embeddings > MAX_ROWS:
-            raise ValueError(f"table {name}: {widths.num_embeddings} rows are more than the format's {MAX_ROWS}")
-        starts = stored_runs(widths)
-        stops = [first for first, _ in starts[1:]] + [widths.num_embeddings]
-        runs: list[Run] = []
-        for (first, bits), stop in zip(starts, stops, strict=True):
-            base = -(-end // ALIGNMENT) * ALIGNMENT if bits else 0
-            run = Run(first, stop - first, bits, row_bytes(widths.embedding_dim, bits), base)
-            end = run.end if bits else end
-            runs.append(run)
-        layouts.append(
-            TableLayout(name, widths.num_embeddings, widths.embedding_dim, tuple(runs), widths.ranks is not None)
-        )
-    return CollectionLayout(tuple(layouts), end + END_PADDING)

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.packing.bitpack import pack_codes
-from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout, lay_out, stored_rank_shifts
+from torchrec_mpe.ops import quantize_and_pack
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.packing.choose_directory import lay_out
+from torchrec_mpe.packing.directory_lines import row_bits, write_directory
+from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
 
 _CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32 rows at a time
@@ -27,6 +31,8 @@ class TableToPack:
         alpha (Tensor): float32 [9], the step size of each bit-width; alpha[0] = 0.
         beta (Tensor): float32 [D], offset.
         zero_row (Optional[Tensor]): float32 [D], what 0-bit rows read; None: zeros, at no bytes.
+        directory (str): "ranked", "remap", "nibble", "bitmap", or "auto" for the smallest: see
+            :class:`torchrec_mpe.ops.directory.Directory`.
     """
 
     name: str
@@ -35,24 +41,7 @@ class TableToPack:
     alpha: Tensor
     beta: Tensor
     zero_row: Tensor | None = None
-
-
-def quantize_rows(rows: Tensor, bits: int, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Unsigned codes of rows, ``clamp(round((x - beta) / alpha), low, high) - low`` with ``low = -2**(bits - 1)``.
-
-    The same float32 operations in the same order as training's fake quantization, so that the codes are bit-identical.
-
-    Args:
-        rows (Tensor): float32 [n, D].
-        bits (int): 1 to 8.
-        alpha (Tensor): float32 scalar tensor, the step size of ``bits``, on the device of ``rows``.
-        beta (Tensor): float32 [D].
-
-    Returns:
-        Tensor: uint8 [n, D], on the device of ``rows``.
-    """
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    return ((rows - beta) / alpha).round_().clamp_(low, high).sub_(low).to(torch.uint8)
+    directory: str = "auto"
 
 
 def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
@@ -68,7 +57,7 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
 
     Raises:
         ValueError: naming the table, if names repeat, shapes or dtypes are wrong, a step size in use is not positive
-            and finite, or rows hold NaN.
+            and finite, rows hold NaN, or the directory asked for cannot store these widths.
 
     Example::
 
@@ -80,8 +69,8 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
         ...     alpha=torch.tensor([0, 2, 1, 0.5, 0.25, 0.1, 0.05, 0.03, 0.02]),
         ...     beta=torch.zeros(16),
         ... )])
-        >>> packed.payload.shape       # 100 rows of 8 bytes, 32 to align, 900 rows of 2 bytes, 64 at the end
-        torch.Size([2696])
+        >>> packed.weights.shape    # 100 rows of 8 bytes, 32 to align, 900 rows of 2 bytes, 56 to align, 64 at the end
+        torch.Size([2752])
     """
     widths: dict[str, TableBitWidths] = {}
     for table in tables:
@@ -89,29 +78,30 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
             raise ValueError(f"table {table.name} is given twice")
         widths[table.name] = table.widths
         _check_scales(table)
-    layout = lay_out(widths)
-    payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
-    remapped = [table.widths.num_embeddings if table.widths.ranks is not None else 0 for table in tables]
-    remap = torch.empty(sum(remapped), dtype=torch.int32)
-    remap_offsets: list[int] = []
-    following = 0
-    for table, table_layout, rows in zip(tables, layout.tables, remapped, strict=True):
-        if table.widths.ranks is None:
-            remap_offsets.append(-1)
-            _pack_ranked(table, table_layout, payload)
-        else:
-            remap_offsets.append(following)
-            table_remap = remap[following : following + rows]
-            _stored_ranks(table.widths, table.widths.ranks, out=table_remap)
-            _pack_remapped(table, table_layout, table_remap, payload)
-            following += rows
+    layout = lay_out(widths, {table.name: table.directory for table in tables})
+    weights = torch.zeros(layout.weights_bytes, dtype=torch.uint8)
+    directory = torch.zeros(layout.directory_bytes, dtype=torch.uint8)
+    starts = zip(layout.weights_offsets, layout.directory_offsets, strict=True)
+    for table, table_layout, (start, directory_start) in zip(tables, layout.tables, starts, strict=True):
+        table_directory = directory[max(directory_start, 0) :][: table_layout.directory_bytes]
+        write_directory(table.widths, table_layout, table_directory)
+        table_weights = weights[start : start + table_layout.end]
+        match table_layout.directory:
+            case Directory.RANKED:
+                _pack_runs(table, table_layout, table_weights)
+            case Directory.REMAP:
+                _pack_remapped(table, table_layout, table_directory.view(torch.int32), table_weights)
+            case _:
+                _pack_in_id_order(table, table_weights)
     return PackedTables(
         tables=tuple(TableShape(t.name, t.widths.num_embeddings, t.widths.embedding_dim) for t in tables),
-        payload=payload,
-        **_run_tensors(layout),
+        weights=weights,
+        weights_offsets=torch.tensor(layout.weights_offsets, dtype=torch.int64),
         rows_per_table=_int32([table.widths.num_embeddings for table in tables]),
-        remap=remap,
-        remap_offsets=torch.tensor(remap_offsets, dtype=torch.int64),
+        **_run_tensors(layout),
+        directory_kinds=_int32([table.directory for table in layout.tables]),
+        directory=directory,
+        directory_offsets=torch.tensor(layout.directory_offsets, dtype=torch.int64),
         **_scale_tensors(tables),
         **_zero_row_tensors(tables, layout),
     )
@@ -154,29 +144,32 @@ def _read_rows(table: TableToPack, start: int, stop: int) -> Tensor:
 
 
 def _packed_rows(table: TableToPack, rows: Tensor, bits: int) -> Tensor:
-    codes = quantize_rows(rows, bits, table.alpha.to(rows.device)[bits], table.beta.to(rows.device))
-    return pack_codes(codes, bits).cpu()
+    return quantize_and_pack(rows, bits, table.alpha.to(rows.device)[bits], table.beta.to(rows.device)).cpu()
 
 
-def _run_rows(payload: Tensor, run: Run) -> Tensor:
-    """The rows of a run as uint8 [rows, row_bytes], a view of the payload."""
-    return payload[run.base : run.end].view(run.rows, run.row_bytes)
+def _run_rows(weights: Tensor, run: Run) -> Tensor:
+    """The rows of a run as uint8 [rows, row_bytes], a view of the table's weights."""
+    return weights[run.base : run.end].view(run.rows, run.row_bytes)
 
 
-def _pack_ranked(table: TableToPack, layout: TableLayout, payload: Tensor) -> None:
-    chunk = max(1, _CHUNK_ELEMENTS // layout.embedding_dim)
+def _chunk_rows(embedding_dim: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // max(embedding_dim, 8))  # a row has at least a block
+
+
+def _pack_runs(table: TableToPack, layout: TableLayout, weights: Tensor) -> None:
+    chunk = _chunk_rows(layout.embedding_dim)
     for run in layout.runs:
         if run.bits == 0:
             continue
-        target = _run_rows(payload, run)
+        target = _run_rows(weights, run)
         for start in range(0, run.rows, chunk):
             stop = min(start + chunk, run.rows)
             rows = _read_rows(table, run.first + start, run.first + stop)
             target[start:stop] = _packed_rows(table, rows, run.bits)
 
 
-def _pack_remapped(table: TableToPack, layout: TableLayout, remap: Tensor, payload: Tensor) -> None:
-    chunk = max(1, _CHUNK_ELEMENTS // layout.embedding_dim)
+def _pack_remapped(table: TableToPack, layout: TableLayout, remap: Tensor, weights: Tensor) -> None:
+    chunk = _chunk_rows(layout.embedding_dim)
     for start in range(0, layout.num_embeddings, chunk):
         stop = min(start + chunk, layout.num_embeddings)
         rows = _read_rows(table, start, stop)
@@ -186,16 +179,32 @@ def _pack_remapped(table: TableToPack, layout: TableLayout, remap: Tensor, paylo
                 continue
             chosen = ((ranks >= run.first) & (ranks < run.first + run.rows)).nonzero().squeeze(1)
             packed = _packed_rows(table, rows[chosen.to(rows.device)], run.bits)
-            _run_rows(payload, run)[ranks[chosen] - run.first] = packed
+            _run_rows(weights, run)[ranks[chosen] - run.first] = packed
 
 
-def _stored_ranks(widths: TableBitWidths, ranks: Tensor, out: Tensor) -> None:
-    """Write the stored rank of every row: its frequency rank plus the shift of its segment."""
-    bounds = _int32(list(widths.bounds[1:]))
-    shifts = _int32(stored_rank_shifts(widths))
-    for start in range(0, ranks.numel(), _CHUNK_ELEMENTS):
-        chunk = ranks[start : start + _CHUNK_ELEMENTS].cpu()
-        out[start : start + chunk.numel()] = chunk + shifts[torch.searchsorted(bounds, chunk, right=True)]
+def _pack_in_id_order(table: TableToPack, weights: Tensor) -> None:
+    """Rows of more than 0 bits one after another, without gaps."""
+    rows, dim = table.widths.num_embeddings, table.widths.embedding_dim
+    unit = row_bytes(dim, 1)  # a row of b bits is b units
+    units = weights.view(-1, unit)
+    following = 0
+    chunk = _chunk_rows(dim)
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        bits = row_bits(table.widths, start, stop).long()
+        ends = bits.cumsum(0)
+        size = int(ends[-1])
+        if size == 0:
+            continue
+        values = _read_rows(table, start, stop)
+        target = units[following : following + size]
+        for width in bits.unique().tolist():
+            if width:
+                chosen = (bits == width).nonzero().squeeze(1)
+                packed = _packed_rows(table, values[chosen.to(values.device)], width)
+                places = (ends[chosen] - width).unsqueeze(1) + torch.arange(width)
+                target[places] = packed.view(-1, width, unit)
+        following += size
 
 
 def _run_tensors(layout: CollectionLayout) -> dict[str, Tensor]:

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.packing.layout import TableLayout, lay_out
+from torchrec_mpe.packing.choose_directory import lay_out
+from torchrec_mpe.packing.layout import RUN_BYTES, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.text_table import text_table
 
 _FP32 = 4
 _INT32 = 4
 _INT64 = 8
-_RUN_BYTES = 16 + _INT32  # record and start
-_TABLE_DIRECTORY_BYTES = _INT32 + _INT32 + _INT64  # run_offsets, rows_per_table, remap_offsets
+# weights_offsets, rows_per_table, run_offsets, directory_kinds, directory_offsets
+_TABLE_BYTES = _INT64 + _INT32 + _INT32 + _INT32 + _INT64
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class ByteCounts:
 
     Attributes:
         payload (int): packed rows, dims padded to a multiple of 8 included.
-        directory (int): run records and starts, remap, per-table offsets.
+        directory (int): remaps, nibble and bitmap lines, run records and starts, per-table offsets.
         scales (int): alpha, beta and their indices.
         zero_rows (int): the vectors of 0-bit rows and their offsets.
-        padding (int): alignment before runs and at the payload's end.
+        padding (int): alignment of tables, runs and directories, and the end of the weights.
         fp32_bytes (int): bytes of the fp32 tables, ``num_embeddings * embedding_dim * 4``.
     """
 
@@ -59,12 +60,14 @@ class TableSize(ByteCounts):
         name (str): table.
         num_embeddings (int): rows.
         embedding_dim (int): elements of a row.
+        directory_kind (str): how ids find rows, the name of a :class:`Directory` in lower case.
         rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
     """
 
     name: str
     num_embeddings: int
     embedding_dim: int
+    directory_kind: str
     rows_per_width: tuple[int, ...]
 
 
@@ -95,24 +98,35 @@ class SizeReport(ByteCounts):
 
 
 def packed_bytes(
-    tables: Mapping[str, TableBitWidths], *, shared_scales: bool = True, learned_zero_rows: bool = True
+    tables: Mapping[str, TableBitWidths],
+    *,
+    directory: str | Mapping[str, str] = "auto",
+    shared_scales: bool = True,
+    learned_zero_rows: bool = True,
 ) -> SizeReport:
     """The exact size of tables packed at these widths, without packing them; work is per run, not per row.
 
     Args:
         tables (Mapping[str, TableBitWidths]): table names, in the collection's order, to widths.
+        directory (Union[str, Mapping[str, str]]): "auto", "ranked", "remap", "nibble" or "bitmap", for all tables or by
+            table name, as in :class:`TableToPack`; "auto" for those that are not named.
         shared_scales (bool): tables of one embedding dimension come with equal alpha and beta, stored once. False:
             every table has its own.
         learned_zero_rows (bool): a table with 0-bit rows stores the vector that they read. False: they read zeros.
 
     Returns:
         SizeReport: equal to :func:`size_report` of the packed tables.
+
+    Raises:
+        ValueError: naming the table, if a directory cannot store its widths; or if one is chosen for no table.
     """
-    layout = lay_out(tables)
+    layout = lay_out(tables, directory)
     dims = [table.embedding_dim for table in layout.tables]
     sets = [dims.index(dim) for dim in dims] if shared_scales else list(range(len(dims)))
     stored = [learned_zero_rows and table.has_zero_bits for table in layout.tables]
-    return _report(layout.tables, layout.payload_bytes, sets, stored)
+    weights = _spans(layout.weights_offsets, layout.weights_bytes)
+    lines = _spans(layout.directory_offsets, layout.directory_bytes)
+    return _report(layout.tables, weights, lines, sets, stored)
 
 
 def size_report(packed: PackedTables) -> SizeReport:
@@ -121,29 +135,38 @@ def size_report(packed: PackedTables) -> SizeReport:
     Raises:
         ValueError: if the tensors hold bytes that no table accounts for.
     """
-    stored = [offset >= 0 for offset in packed.zero_row_offsets.tolist()]
-    report = _report(packed.layouts(), packed.payload.numel(), packed.scale_index.tolist(), stored)
+    report = _report(
+        packed.layouts(),
+        _spans(packed.weights_offsets.tolist(), packed.weights.numel()),
+        _spans(packed.directory_offsets.tolist(), packed.directory.numel()),
+        packed.scale_index.tolist(),
+        [offset >= 0 for offset in packed.zero_row_offsets.tolist()],
+    )
     if report.total != packed.nbytes:
         raise ValueError(f"the tables account for {report.total} bytes, their tensors hold {packed.nbytes}")
     return report
 
 
+def _spans(offsets: Sequence[int], size: int) -> list[int]:
+    """Bytes from each table's offset to the next table's, or the end; 0 for an offset of -1."""
+    spans: list[int] = []
+    end = size
+    for offset in reversed(offsets):
+        spans.append(end - offset if offset >= 0 else 0)
+        end = offset if offset >= 0 else end
+    return spans[::-1]
+
+
 def _report(
-    layouts: Sequence[TableLayout], payload_bytes: int, scale_sets: Sequence[int], zero_row: Sequence[bool]
+    layouts: Sequence[TableLayout],
+    weights: Sequence[int],
+    directories: Sequence[int],
+    scale_sets: Sequence[int],
+    zero_row: Sequence[bool],
 ) -> SizeReport:
     sizes: list[TableSize] = []
-    end = 0
     for t, table in enumerate(layouts):
-        payload = padding = 0
-        for run in table.runs:
-            if run.bits:
-                padding += run.base - end
-                payload += run.rows * run.row_bytes
-                end = run.end
-        if t == len(layouts) - 1:
-            padding += payload_bytes - end
-        directory = len(table.runs) * _RUN_BYTES + _TABLE_DIRECTORY_BYTES
-        directory += table.num_embeddings * _INT32 if table.remapped else 0
+        directory = table.directory_bytes + len(table.runs) * RUN_BYTES + _TABLE_BYTES
         directory += _INT32 if t == 0 else 0  # run_offsets has T + 1 entries
         scales = _INT32
         if scale_sets[t] not in scale_sets[:t]:
@@ -151,16 +174,17 @@ def _report(
         zero_rows = _INT32 + (table.embedding_dim * _FP32 if zero_row[t] else 0)
         sizes.append(
             TableSize(
-                payload=payload,
+                payload=table.payload_bytes,
                 directory=directory,
                 scales=scales,
                 zero_rows=zero_rows,
-                padding=padding,
+                padding=weights[t] - table.payload_bytes + directories[t] - table.directory_bytes,
                 fp32_bytes=table.num_embeddings * table.embedding_dim * _FP32,
                 name=table.name,
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
-                rows_per_width=tuple(table.rows_per_width()),
+                directory_kind=table.directory.name.lower(),
+                rows_per_width=table.rows_per_width,
             )
         )
     sums = {field.name: sum(getattr(size, field.name) for size in sizes) for field in fields(ByteCounts)}

@@ -1,50 +1,58 @@
 """Checks that packed tables from a file cannot send a lookup outside their buffers."""
 
 import torch
-from torch import Tensor
 
 from torchrec_mpe.bit_widths import MAX_BITS
-from torchrec_mpe.packing.bitpack import row_bytes
+from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
+from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.packing.layout import ALIGNMENT, END_PADDING, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
-
-_CHUNK = 1 << 22
+from torchrec_mpe.packing.validate_directory import validate_directory
 
 
 def validate_packed_tables(packed: PackedTables) -> None:
-    """Check every tensor, offset and run record against the format; work is per run, and per row of a remap.
+    """Check every tensor, offset, run record and directory against the format.
+
+    Work is per run, and a few MiB at a time per row of a remap or a line.
 
     Raises:
         ValueError: one sentence naming the table or tensor.
     """
     _check_tensors(packed)
-    _check_run_offsets(packed)
-    end = 0
-    following = 0
-    remap_offsets = packed.remap_offsets.tolist()
+    _check_rows_and_kinds(packed)
+    _check_runs_of_tables(packed)
+    weights_ends = _check_weights_offsets(packed)
+    directory_ends = _check_directory_offsets(packed)
+    offsets = packed.directory_offsets.tolist()
     for t, layout in enumerate(packed.layouts()):
-        end = _check_runs(layout, packed.payload.numel(), end)
+        part = packed.directory[max(offsets[t], 0) : directory_ends[t]]
+        # How many rows a bitmap keeps, and so the bytes of nibbles after it, is known only from its last line.
+        if layout.bitmap_bytes and not 0 <= layout.kept_rows <= layout.num_embeddings:
+            raise ValueError(f"table {layout.name}: its bitmap keeps {layout.kept_rows} of its rows")
+        if part.numel() < layout.directory_bytes:
+            raise ValueError(
+                f"table {layout.name}: its directory has {part.numel()} bytes, its rows need {layout.directory_bytes}"
+            )
+        validate_directory(layout, part)
+        room = weights_ends[t] - int(packed.weights_offsets[t])
+        _check_runs(layout, room)
+        if layout.end > room:
+            raise ValueError(f"table {layout.name}: its rows take {layout.end} bytes of the weights, it has {room}")
         _check_scales(packed, t, layout)
-        if remap_offsets[t] == -1:
-            continue
-        if remap_offsets[t] != following or following + layout.num_embeddings > packed.remap.numel():
-            raise ValueError(f"table {layout.name}: remap offset {remap_offsets[t]} is wrong, {following} follows")
-        _check_permutation(packed.remap[following : following + layout.num_embeddings], layout.name)
-        following += layout.num_embeddings
-    if following != packed.remap.numel():
-        raise ValueError(f"remap holds {packed.remap.numel()} rows where the tables have {following}")
 
 
 def _check_tensors(packed: PackedTables) -> None:
     tables, runs, sets = len(packed.tables), packed.run_starts.numel(), packed.beta_offsets.numel()
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "payload": (torch.uint8, (packed.payload.numel(),)),
+        "weights": (torch.uint8, (packed.weights.numel(),)),
+        "weights_offsets": (torch.int64, (tables,)),
+        "rows_per_table": (torch.int32, (tables,)),
         "run_records": (torch.int64, (runs, 2)),
         "run_starts": (torch.int32, (runs,)),
         "run_offsets": (torch.int32, (tables + 1,)),
-        "rows_per_table": (torch.int32, (tables,)),
-        "remap": (torch.int32, (packed.remap.numel(),)),
-        "remap_offsets": (torch.int64, (tables,)),
+        "directory_kinds": (torch.int32, (tables,)),
+        "directory": (torch.uint8, (packed.directory.numel(),)),
+        "directory_offsets": (torch.int64, (tables,)),
         "alpha": (torch.float32, (sets, MAX_BITS + 1)),
         "beta": (torch.float32, (packed.beta.numel(),)),
         "beta_offsets": (torch.int32, (sets,)),
@@ -60,33 +68,98 @@ def _check_tensors(packed: PackedTables) -> None:
             raise ValueError(f"{name} must be contiguous")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} must be finite")
-    if packed.payload.numel() < END_PADDING:
-        raise ValueError(f"payload must end with {END_PADDING} bytes of padding, it has {packed.payload.numel()} bytes")
+    if packed.weights.numel() < END_PADDING:
+        raise ValueError(f"weights must end with {END_PADDING} bytes of padding, it has {packed.weights.numel()} bytes")
+    if packed.directory.numel() % ALIGNMENT:
+        raise ValueError(f"directory must be a multiple of {ALIGNMENT} bytes, it has {packed.directory.numel()}")
 
 
-def _check_run_offsets(packed: PackedTables) -> None:
-    offsets = packed.run_offsets.tolist()
-    if offsets[0] != 0 or offsets[-1] != packed.run_starts.numel():
-        raise ValueError(f"run_offsets must go from 0 to {packed.run_starts.numel()}")
-    rows = packed.rows_per_table.tolist()
+def _check_rows_and_kinds(packed: PackedTables) -> None:
+    rows, kinds = packed.rows_per_table.tolist(), packed.directory_kinds.tolist()
     for t, table in enumerate(packed.tables):
         if rows[t] != table.num_embeddings:
             raise ValueError(f"table {table.name}: rows_per_table says {rows[t]} rows, not {table.num_embeddings}")
+        if rows[t] < 1 or table.embedding_dim < 1:
+            raise ValueError(f"table {table.name}: {rows[t]} rows of {table.embedding_dim} elements are no table")
+        if kinds[t] not in list(Directory):
+            raise ValueError(f"table {table.name}: there is no directory kind {kinds[t]}")
+
+
+def _check_runs_of_tables(packed: PackedTables) -> None:
+    offsets, kinds = packed.run_offsets.tolist(), packed.directory_kinds.tolist()
+    if offsets[0] != 0 or offsets[-1] != packed.run_starts.numel():
+        raise ValueError(f"run_offsets must go from 0 to {packed.run_starts.numel()}")
+    bits = packed.run_records[:, 1] >> 32
+    if bool(((bits < 0) | (bits > MAX_BITS)).any()):
+        raise ValueError(f"run_records must have bit-widths between 0 and {MAX_BITS}, got {bits.tolist()}")
+    for t, table in enumerate(packed.tables):
         # Bounded on both sides before any slice is taken: a dip must not hide between two legal ends.
-        if not 0 <= offsets[t] < offsets[t + 1] <= offsets[-1]:
-            raise ValueError(f"table {table.name}: run_offsets must increase, got {offsets[t]} and {offsets[t + 1]}")
+        if not 0 <= offsets[t] <= offsets[t + 1] <= offsets[-1]:
+            raise ValueError(f"table {table.name}: run_offsets must not fall, got {offsets[t]} and {offsets[t + 1]}")
+        kind, runs = Directory(kinds[t]), offsets[t + 1] - offsets[t]
+        if kind in (Directory.NIBBLE, Directory.BITMAP_NIBBLE):
+            fits, wanted = runs == 0, "no runs"
+        elif kind == Directory.BITMAP:
+            fits, wanted = runs == 1, "one run"
+        else:
+            fits, wanted = runs > 0, "at least one run"
+        if not fits:
+            raise ValueError(f"table {table.name}: a {kind.name} directory has {wanted}, not {runs}")
 
 
-def _check_runs(layout: TableLayout, payload_bytes: int, end: int) -> int:
-    """Check the runs of a table whose payload may start at byte ``end``; returns the byte where it ends."""
+def _check_weights_offsets(packed: PackedTables) -> list[int]:
+    """Check where tables start; returns the byte before which each table's rows must end."""
+    offsets = packed.weights_offsets.tolist()
+    ends = [*offsets[1:], packed.weights.numel() - END_PADDING]
+    for table, offset, end in zip(packed.tables, offsets, ends, strict=False):
+        if offset % ALIGNMENT or not 0 <= offset <= end:
+            raise ValueError(
+                f"table {table.name}: it starts at byte {offset} of the weights, which must be a multiple of "
+                f"{ALIGNMENT}, after the tables before it and not beyond {end}"
+            )
+    return ends
+
+
+def _check_directory_offsets(packed: PackedTables) -> list[int]:
+    """Check where tables' parts start and that bitmaps lie inside; returns the byte where each part ends."""
+    offsets, kinds = packed.directory_offsets.tolist(), packed.directory_kinds.tolist()
+    following = [offset for offset in offsets if offset >= 0] + [packed.directory.numel()]
+    if following[0] != 0:
+        raise ValueError(f"directory must start with the first table's part, not at byte {following[0]}")
+    ends: list[int] = []
+    part = 0
+    for table, offset, kind in zip(packed.tables, offsets, kinds, strict=True):
+        if (offset == -1) != (kind == Directory.RANKED) or offset < -1:
+            raise ValueError(f"table {table.name}: {Directory(kind).name} does not go with directory offset {offset}")
+        if offset == -1:
+            ends.append(0)
+            continue
+        end = following[part + 1]
+        part += 1
+        bitmap = kind in (Directory.BITMAP, Directory.BITMAP_NIBBLE)
+        # What reading a layout needs; the rest is checked against the layout.
+        least = -(-table.num_embeddings // BITMAP_ROWS) * LINE_BYTES if bitmap else 0
+        if offset % ALIGNMENT or not offset + least <= end <= packed.directory.numel():
+            raise ValueError(
+                f"table {table.name}: its directory lies at bytes {offset} to {end}, which must be {ALIGNMENT}-byte "
+                f"aligned, at least {least} bytes and within {packed.directory.numel()}"
+            )
+        ends.append(end)
+    return ends
+
+
+def _check_runs(layout: TableLayout, room: int) -> None:
+    """Check the runs of a table that has ``room`` bytes."""
     name = layout.name
-    if layout.runs[0].first != 0:
+    rows = layout.kept_rows if layout.directory == Directory.BITMAP else layout.num_embeddings
+    if layout.runs and layout.runs[0].first != 0:
         raise ValueError(f"table {name}: the first run must start at rank 0, not {layout.runs[0].first}")
+    end = 0
     for run in layout.runs:
         if run.rows < 1:
-            raise ValueError(f"table {name}: run starts must increase and stay below {layout.num_embeddings}")
-        if not 0 <= run.bits <= MAX_BITS:
-            raise ValueError(f"table {name}: a run of {run.bits} bits, bit-widths lie between 0 and {MAX_BITS}")
+            raise ValueError(f"table {name}: run starts must increase and stay below {rows}")
+        if run.bits == 0 and layout.directory == Directory.BITMAP:
+            raise ValueError(f"table {name}: the rows that a bitmap keeps must have more than 0 bits")
         size = row_bytes(layout.embedding_dim, run.bits)
         if run.row_bytes != size:
             raise ValueError(
@@ -95,15 +168,14 @@ def _check_runs(layout: TableLayout, payload_bytes: int, end: int) -> int:
             )
         if run.bits == 0:
             if run.base != 0:
-                raise ValueError(f"table {name}: the 0-bit run at rank {run.first} must have no payload")
+                raise ValueError(f"table {name}: the 0-bit run at rank {run.first} must have no rows in the weights")
             continue
-        if run.base % ALIGNMENT or run.base < end or run.end + END_PADDING > payload_bytes:
+        if run.base % ALIGNMENT or run.base < end or run.end > room:
             raise ValueError(
                 f"table {name}: the run at rank {run.first} lies at bytes {run.base} to {run.end}, "
-                f"which must be {ALIGNMENT}-byte aligned, after byte {end} and within {payload_bytes - END_PADDING}"
+                f"which must be {ALIGNMENT}-byte aligned, after byte {end} and within {room}"
             )
         end = run.end
-    return end
 
 
 def _check_scales(packed: PackedTables, t: int, layout: TableLayout) -> None:
@@ -118,16 +190,6 @@ def _check_scales(packed: PackedTables, t: int, layout: TableLayout) -> None:
     if zero != -1 and not 0 <= zero <= packed.zero_rows.numel() - dim:
         raise ValueError(f"table {name}: zero row offset {zero} leaves its buffer of {packed.zero_rows.numel()}")
     alpha = packed.alpha[index].tolist()
-    if alpha[0] != 0.0 or any(run.bits and alpha[run.bits] <= 0.0 for run in layout.runs):
+    in_use = [bits for bits, rows in enumerate(layout.rows_per_width) if bits and rows]
+    if alpha[0] != 0.0 or any(alpha[bits] <= 0.0 for bits in in_use):
         raise ValueError(f"table {name}: step sizes must be 0 for 0 bits and positive for the widths in use: {alpha}")
-
-
-def _check_permutation(remap: Tensor, name: str) -> None:
-    seen = torch.zeros(remap.numel(), dtype=torch.bool, device=remap.device)
-    for start in range(0, remap.numel(), _CHUNK):
-        chunk = remap[start : start + _CHUNK].long()
-        if int(chunk.min()) < 0 or int(chunk.max()) >= remap.numel():
-            raise ValueError(f"table {name}: remap must stay in [0, {remap.numel()})")
-        seen[chunk] = True
-    if not bool(seen.all()):
-        raise ValueError(f"table {name}: remap must be a permutation of its {remap.numel()} rows")

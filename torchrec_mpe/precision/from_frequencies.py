@@ -14,6 +14,7 @@ from torchrec_mpe.frequency.counter import embedding_bag_configs
 from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.packing import packed_bytes
+from torchrec_mpe.packing.layout import ALIGNMENT
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.quantizer.search_config import ZeroRow
 
@@ -158,10 +159,10 @@ def precision_from_frequencies(
         zero_row (str): "learned" or "zero".
 
     Returns:
-        PrecisionPlan: within 1% of the target.
+        PrecisionPlan: within 1% of the target, or within 64 bytes a table, to which tables are aligned.
 
     Raises:
-        ValueError: if no cutoff comes within 1% of the target; the message says what can be reached.
+        ValueError: if no cutoff comes so close to the target; the message says what can be reached.
 
     Example::
 
@@ -192,7 +193,7 @@ def precision_from_frequencies(
     wider = ranked.widths(lambda name: _rule_segments(ranked.counts[name], high))
     widths = _between(ranked, widths, wider, target)
     reached = ranked.packed_bytes(widths)
-    if abs(reached - target) > 0.01 * target:
+    if abs(reached - target) > max(0.01 * target, ALIGNMENT * len(tables)):
         smallest, largest = size(least), size(most)
         raise ValueError(
             f"no plan comes within 1% of {target:,.0f} bytes ({fp32_bytes / target:.1f}x): the closest has {reached:,} "

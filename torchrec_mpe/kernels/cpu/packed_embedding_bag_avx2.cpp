@@ -1,0 +1,157 @@
+// x86-64 with AVX2 and FMA: a block of 8 elements a vector.
+#include "simd_targets.h"
+#ifdef TORCHREC_MPE_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "packed_embedding_bag.h"
+
+TORCHREC_MPE_BEGIN_AVX2
+
+namespace torchrec_mpe {
+namespace avx2 {
+
+#include "output.inc.h"
+
+#include "packed_embedding_bag_ring.inc.h"
+#include "directory_lines.inc.h"
+
+// How the 8 codes of a block are cut out of its 64-bit word: two vectors of shifts, whose low halves interleave to
+// elements 0 1 2 3 4 5 6 7.
+struct WidthConstants {
+  alignas(32) int64_t shift_0145[4];
+  alignas(32) int64_t shift_2367[4];
+  alignas(32) int32_t mask[8];
+  alignas(32) int32_t half[8];
+};
+
+inline const WidthConstants* width_constants() {
+  static const auto table = [] {
+    std::vector<WidthConstants> widths(kMaxBits + 1);
+    for (int bits = 0; bits <= kMaxBits; ++bits) {
+      const int first[4] = {0, 1, 4, 5};
+      for (int k = 0; k < 4; ++k) {
+        widths[bits].shift_0145[k] = first[k] * bits;
+        widths[bits].shift_2367[k] = (first[k] + 2) * bits;
+      }
+      std::fill_n(widths[bits].mask, 8, (1 << bits) - 1);
+      std::fill_n(widths[bits].half, 8, (1 << bits) >> 1);
+    }
+    return widths;
+  }();
+  return table.data();
+}
+
+inline __m256 codes_of_block(const uint8_t* block, const WidthConstants& width) {
+  int64_t word;
+  std::memcpy(&word, block, 8);
+  const __m256i words = _mm256_set1_epi64x(word);
+  const __m256i a = _mm256_srlv_epi64(words, _mm256_load_si256(reinterpret_cast<const __m256i*>(width.shift_0145)));
+  const __m256i b = _mm256_srlv_epi64(words, _mm256_load_si256(reinterpret_cast<const __m256i*>(width.shift_2367)));
+  __m256i codes = _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+  codes = _mm256_and_si256(codes, _mm256_load_si256(reinterpret_cast<const __m256i*>(width.mask)));
+  codes = _mm256_sub_epi32(codes, _mm256_load_si256(reinterpret_cast<const __m256i*>(width.half)));
+  return _mm256_cvtepi32_ps(codes);
+}
+
+// One bag's sum of G blocks in registers, or of any number of blocks in memory for G = 0.
+template <int G>
+class Accumulator {
+ public:
+  static constexpr bool kLongRows = G == 0;
+  static constexpr bool kHasOneLine = false;
+
+  Accumulator(int dim, int blocks) : dim_(dim), blocks_(G == 0 ? blocks : G), memory_(G == 0 ? blocks * 8 : 0) {}
+
+  struct Registers {};
+
+  struct Sum {
+    __m256 vectors[G == 0 ? 1 : G];
+  };
+
+  __attribute__((always_inline)) void clear(Sum& sum, bool starts) {
+#pragma GCC unroll 8
+    for (int k = 0; k < G; ++k) {
+      sum.vectors[k] = _mm256_setzero_ps();
+    }
+    if (starts) {
+      std::fill(memory_.begin(), memory_.end(), 0.0f);
+    }
+  }
+
+  // Adds scale * code for every element of a row; reads up to 7 bytes beyond it.
+  template <bool kTwoLines>
+  __attribute__((always_inline)) void add(Sum& sum, const Registers&, const uint8_t* weights, const Ring& ring, int slot) {
+    const uint8_t* row = weights + ring.start[slot];
+    const int bits = ring.bits[slot];
+    const float scale = ring.scale[slot];
+    const WidthConstants& width = width_[bits];
+    const __m256 scales = _mm256_set1_ps(scale);
+    if (G == 0) {
+      for (int k = 0; k < blocks_; ++k) {
+        const __m256 before = _mm256_loadu_ps(memory_.data() + 8 * k);
+        _mm256_storeu_ps(memory_.data() + 8 * k, _mm256_fmadd_ps(codes_of_block(row + k * bits, width), scales, before));
+      }
+      return;
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < G; ++k) {
+      sum.vectors[k] = _mm256_fmadd_ps(codes_of_block(row + k * bits, width), scales, sum.vectors[k]);
+    }
+  }
+
+  __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero, float factor, void* output, OutputType type,
+              int64_t position) {
+#pragma GCC unroll 8
+    for (int k = 0; k < (G == 0 ? blocks_ : G); ++k) {
+      __m256 total = G == 0 ? _mm256_loadu_ps(memory_.data() + 8 * k) : sum.vectors[k];
+      const int left = dim_ - 8 * k;
+      if (left >= 8 && type == OutputType::Float) {
+        total = _mm256_fmadd_ps(_mm256_set1_ps(kept), _mm256_loadu_ps(table.beta + 8 * k), total);
+        if (table.zero_row != nullptr) {
+          total = _mm256_fmadd_ps(_mm256_set1_ps(zero), _mm256_loadu_ps(table.zero_row + 8 * k), total);
+        }
+        _mm256_storeu_ps(static_cast<float*>(output) + position + 8 * k, _mm256_mul_ps(total, _mm256_set1_ps(factor)));
+        continue;
+      }
+      alignas(32) float values[8];
+      _mm256_store_ps(values, total);
+      for (int j = 0; j < std::min(left, 8); ++j) {
+        float value = values[j] + kept * table.beta[8 * k + j];
+        value += table.zero_row == nullptr ? 0.0f : zero * table.zero_row[8 * k + j];
+        store_element(output, type, position + 8 * k + j, value * factor);
+      }
+    }
+  }
+
+ private:
+  int dim_;
+  int blocks_;
+  const WidthConstants* width_ = width_constants();
+  std::vector<float> memory_;
+};
+
+
+#include "packed_embedding_bag_steps.inc.h"
+#include "packed_embedding_bag_plain_steps.inc.h"
+#include "packed_embedding_bag_driver.inc.h"
+
+void lookup_feature_by_dim(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults) {
+  switch (lookup.features[f].table->blocks) {
+    case 1: return lookup_feature_of<1>(lookup, f, first, last, faults);
+    case 2: return lookup_feature_of<2>(lookup, f, first, last, faults);
+    case 4: return lookup_feature_of<4>(lookup, f, first, last, faults);
+    case 8: return lookup_feature_of<8>(lookup, f, first, last, faults);
+    default: return lookup_feature_of<0>(lookup, f, first, last, faults);
+  }
+}
+
+}  // namespace avx2
+}  // namespace torchrec_mpe
+
+TORCHREC_MPE_END
+#endif

@@ -1,0 +1,535 @@
+// x86-64 with AVX-512 VBMI: 64 elements of any width are cut out of a row by one byte permutation and one multishift.
+#include "simd_targets.h"
+#ifdef TORCHREC_MPE_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "packed_embedding_bag.h"
+
+TORCHREC_MPE_BEGIN_AVX512
+
+namespace torchrec_mpe {
+namespace avx512 {
+
+// A code becomes a float without a conversion: or-ed into the mantissa of 2^23 it is 2^23 + code, and one subtraction
+// takes away 2^23 and the code's signed offset.
+constexpr uint32_t kMagic = 0x4b000000;  // 2^23 as float
+
+// Up to 64 elements: permute spreads 8 blocks of `bits` bytes over 8 lanes of 8 bytes, shift moves code j of a lane to
+// its byte j. Up to 16: shift_16 moves the codes of elements 2 i and 2 i + 1 to the low bytes of lane i's two words, if
+// lanes 0 to 3 hold the first block and lanes 4 to 7 the second.
+struct WidthConstants {
+  alignas(64) uint8_t permute[64];
+  alignas(64) uint8_t shift_16[64];
+  alignas(64) uint8_t shift[8];
+  uint32_t mask;     // of a code, in every byte
+  uint32_t mask_16;  // and in the lowest byte
+  float offset;      // 2^23 + 2^(bits - 1)
+};
+
+// permute_16[bits * 16 + position] fills the lanes as shift_16 wants them, from 16 bytes in which a row of one or two
+// blocks starts at `position`.
+struct Constants {
+  WidthConstants width[kMaxBits + 1];
+  alignas(64) uint8_t permute_16[(kMaxBits + 1) * 16][64];
+};
+
+inline const Constants& constants() {
+  static const Constants all = [] {
+    Constants filled{};
+    for (int bits = 0; bits <= kMaxBits; ++bits) {
+      WidthConstants& width = filled.width[bits];
+      for (int byte = 0; byte < 64; ++byte) {
+        width.permute[byte] = static_cast<uint8_t>(byte / 8 * bits + byte % 8);
+        width.shift_16[byte] = static_cast<uint8_t>(byte / 4 % 8 * bits);
+        for (int position = 0; position < 16; ++position) {
+          filled.permute_16[bits * 16 + position][byte] = static_cast<uint8_t>(position + byte / 32 * bits + byte % 8);
+        }
+      }
+      for (int byte = 0; byte < 8; ++byte) {
+        width.shift[byte] = static_cast<uint8_t>(byte * bits);
+      }
+      width.mask_16 = (1u << bits) - 1;
+      width.mask = width.mask_16 * 0x01010101u;
+      width.offset = 8388608.0f + static_cast<float>((1 << bits) >> 1);
+    }
+    return filled;
+  }();
+  return all;
+}
+
+// What a loop over rows keeps in registers.
+struct LoopConstants {
+  __m512i magic = _mm512_set1_epi32(kMagic);
+  __m512i spread[4];  // byte 4 j of permutation k is byte 16 k + j
+
+  // `vectors` of the permutations are used. As plain constants the compiler would load them again for every row, and
+  // loads are what limits the loop.
+  __attribute__((always_inline)) explicit LoopConstants(int vectors) {
+    asm("" : "+v"(magic));
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      if (k < vectors) {
+        alignas(64) static constexpr uint32_t kSixteen[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        spread[k] = _mm512_add_epi32(_mm512_load_si512(kSixteen), _mm512_set1_epi32(16 * k));
+        asm("" : "+v"(spread[k]));
+      }
+    }
+  }
+};
+
+// The unsigned codes of up to 64 elements whose bytes lie in one or two lines of 64 bytes; `within` is the first one's
+// place in its line, in every byte. Only those lines are read: a line more could be a cache miss more.
+template <bool kTwoLines>
+__attribute__((always_inline)) inline __m512i codes_of_64(const uint8_t* first_line, const uint8_t* last_line,
+                                                          __m512i within, const WidthConstants& width) {
+  const __m512i index = _mm512_add_epi8(_mm512_load_si512(width.permute), within);
+  __m512i lanes = _mm512_loadu_si512(first_line);
+  lanes = kTwoLines ? _mm512_permutex2var_epi8(lanes, index, _mm512_loadu_si512(last_line))
+                    : _mm512_permutexvar_epi8(index, lanes);
+  int64_t shift;
+  std::memcpy(&shift, width.shift, 8);
+  const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(shift), lanes);
+  return _mm512_and_si512(codes, _mm512_set1_epi32(static_cast<int>(width.mask)));
+}
+
+// Elements 16 k to 16 k + 15 of 64 codes, signed.
+template <int K>
+__attribute__((always_inline)) inline __m512 floats_of(__m512i codes, const WidthConstants& width,
+                                                       const LoopConstants& registers) {
+  const __m512i words =
+      _mm512_mask_permutexvar_epi8(registers.magic, 0x1111111111111111ull, registers.spread[K], codes);
+  return _mm512_sub_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(width.offset));
+}
+
+// Up to 16 signed codes, from 16 bytes.
+__attribute__((always_inline)) inline __m512 floats_of_16(const uint8_t* bytes, const uint8_t* permute,
+                                                          const WidthConstants& width, const LoopConstants& registers) {
+  const __m512i row = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(permute), row);
+  words = _mm512_multishift_epi64_epi8(_mm512_load_si512(width.shift_16), words);
+  // (words & mask) | magic
+  words = _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(static_cast<int>(width.mask_16)), registers.magic, 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(width.offset));
+}
+
+#include "packed_embedding_bag_ring.inc.h"
+#include "directory_lines.inc.h"
+
+// One bag's sum. G > 0: ceil(D / 16) = G vectors in registers; G = 0: any number, in memory.
+template <int G>
+class Accumulator {
+ public:
+  static constexpr bool kLongRows = G == 0 || G > 4;
+  static constexpr bool kHasOneLine = G != 1;  // whether add<false> is faster, for rows of which no 64 elements cross lines
+
+  struct Registers : LoopConstants {
+    __attribute__((always_inline)) Registers() : LoopConstants(G == 1 ? 0 : G == 0 ? 4 : G) {}
+  };
+
+  // A bag's vectors. A local of the loop over its rows, so that they stay in registers.
+  struct Sum {
+    __m512 vectors[G == 0 ? 1 : G];
+  };
+
+  Accumulator(int dim, int blocks) : dim_(dim), blocks_(blocks), memory_(G == 0 ? (blocks + 7) / 8 * 64 : 0) {}
+
+  __attribute__((always_inline)) void clear(Sum& sum, bool starts) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kVectors; ++k) {
+      sum.vectors[k] = _mm512_setzero_ps();
+    }
+    if (G == 0 && starts) {
+      std::fill(memory_.begin(), memory_.end(), 0.0f);
+    }
+  }
+
+  // Adds scale * code for every element of a row.
+  template <bool kTwoLines>
+  __attribute__((always_inline)) void add(Sum& sum, const Registers& registers, const uint8_t* weights, const Ring& ring, int slot) {
+    const int bits = ring.bits[slot];
+    const WidthConstants& width = constants_.width[bits];
+    const __m512 scales = _mm512_set1_ps(ring.scale[slot]);
+    const uint8_t* start = weights + ring.start[slot];
+    if constexpr (G == 1) {
+      const uint8_t* permute = constants_.permute_16[ring.position[slot]];
+      sum.vectors[0] = _mm512_fmadd_ps(floats_of_16(start, permute, width, registers), scales, sum.vectors[0]);
+    } else if constexpr (G > 0 && G <= 4) {
+      const uint8_t* last_line = weights + (ring.last[slot] & -kLineBytes);
+      add_64<0>(sum, registers, codes_of_64<kTwoLines>(start, last_line, _mm512_set1_epi32(ring.position[slot]), width),
+                scales, width);
+    } else {
+      add_long<kTwoLines>(sum, registers, start, ring.position[slot] & 63, bits, scales, width);
+    }
+  }
+
+  __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero, float factor,
+                                             void* output, OutputType type, int64_t position) {
+    if constexpr (G == 0) {
+      for (int k = 0; k < (dim_ + 15) / 16; ++k) {
+        store_16(table, k, _mm512_loadu_ps(memory_.data() + 16 * k), kept, zero, factor, output, type, position);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int k = 0; k < kVectors; ++k) {
+        store_16(table, k, sum.vectors[k], kept, zero, factor, output, type, position);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kVectors = G > 0 ? G : 1;
+
+  __attribute__((always_inline)) void store_16(const PackedTable& table, int k, __m512 sum, float kept, float zero,
+                                               float factor, void* output, OutputType type, int64_t position) const {
+    const int left = dim_ - 16 * k;
+    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(kept), _mm512_maskz_loadu_ps(mask, table.beta + 16 * k), sum);
+    if (table.zero_row != nullptr) {
+      sum = _mm512_fmadd_ps(_mm512_set1_ps(zero), _mm512_maskz_loadu_ps(mask, table.zero_row + 16 * k), sum);
+    }
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(factor));
+    const int64_t first = position + 16 * k;
+    if (type == OutputType::Float) {
+      _mm512_mask_storeu_ps(static_cast<float*>(output) + first, mask, sum);
+    } else {
+      store_16_narrow(sum, mask, output, type, first);
+    }
+  }
+
+  __attribute__((noinline)) static void store_16_narrow(__m512 sum, __mmask16 mask, void* output, OutputType type,
+                                                        int64_t first) {
+    __m256i values;
+    if (type == OutputType::Half) {
+      values = _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m512i word = _mm512_castps_si512(sum);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_add_epi32(word, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+      values = _mm512_cvtepi32_epi16(
+          _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(output) + first, mask, values);
+  }
+
+  // Vectors [K, K + 4) of the bag's sum, as far as there are any.
+  template <int K>
+  __attribute__((always_inline)) void add_64(Sum& sum, const Registers& registers, __m512i codes, __m512 scales, const WidthConstants& width) {
+    sum.vectors[K] = _mm512_fmadd_ps(floats_of<0>(codes, width, registers), scales, sum.vectors[K]);
+    if constexpr (K + 1 < kVectors) {
+      sum.vectors[K + 1] = _mm512_fmadd_ps(floats_of<1>(codes, width, registers), scales, sum.vectors[K + 1]);
+    }
+    if constexpr (K + 2 < kVectors) {
+      sum.vectors[K + 2] = _mm512_fmadd_ps(floats_of<2>(codes, width, registers), scales, sum.vectors[K + 2]);
+    }
+    if constexpr (K + 3 < kVectors) {
+      sum.vectors[K + 3] = _mm512_fmadd_ps(floats_of<3>(codes, width, registers), scales, sum.vectors[K + 3]);
+    }
+  }
+
+  // The codes of 64 elements from block `first` on, of a row that starts `within` a line at `line`.
+  template <bool kTwoLines>
+  __attribute__((always_inline)) __m512i codes_from(const uint8_t* line, int within, int first, int bits,
+                                                    const WidthConstants& width) const {
+    const int start = within + first * bits;
+    // A 0-bit row has no last byte.
+    const int last = start + std::min(8, blocks_ - first) * bits - (bits != 0);
+    return codes_of_64<kTwoLines>(line + (start & -64), line + (last & -64), _mm512_set1_epi8(static_cast<char>(start & 63)),
+                       width);
+  }
+
+  template <bool kTwoLines>
+  __attribute__((always_inline)) void add_long(Sum& sum, const Registers& registers, const uint8_t* line, int within, int bits, __m512 scales,
+                                               const WidthConstants& width) {
+    if constexpr (G == 0) {
+      for (int first = 0; first < blocks_; first += 8) {
+        const __m512i codes = codes_from<kTwoLines>(line, within, first, bits, width);
+        float* sums = memory_.data() + 8 * first;
+        _mm512_storeu_ps(sums, _mm512_fmadd_ps(floats_of<0>(codes, width, registers), scales, _mm512_loadu_ps(sums)));
+        _mm512_storeu_ps(sums + 16, _mm512_fmadd_ps(floats_of<1>(codes, width, registers), scales, _mm512_loadu_ps(sums + 16)));
+        _mm512_storeu_ps(sums + 32, _mm512_fmadd_ps(floats_of<2>(codes, width, registers), scales, _mm512_loadu_ps(sums + 32)));
+        _mm512_storeu_ps(sums + 48, _mm512_fmadd_ps(floats_of<3>(codes, width, registers), scales, _mm512_loadu_ps(sums + 48)));
+      }
+    } else {
+      add_64<0>(sum, registers, codes_from<kTwoLines>(line, within, 0, bits, width), scales, width);
+      if constexpr (kVectors > 4) {
+        add_64<4>(sum, registers, codes_from<kTwoLines>(line, within, 8, bits, width), scales, width);
+      }
+      if constexpr (kVectors > 8) {
+        add_64<8>(sum, registers, codes_from<kTwoLines>(line, within, 16, bits, width), scales, width);
+      }
+      if constexpr (kVectors > 12) {
+        add_64<12>(sum, registers, codes_from<kTwoLines>(line, within, 24, bits, width), scales, width);
+      }
+    }
+  }
+
+  int dim_;
+  int blocks_;
+  const Constants& constants_ = constants();
+  std::vector<float> memory_;
+};
+
+#include "packed_embedding_bag_steps.inc.h"
+
+int resolve_ids(const int64_t* ids, int count, int64_t num_rows, int32_t* ranks) {
+  const __m512i rows = _mm512_set1_epi64(num_rows);
+  const __m512i pruned_id = _mm512_set1_epi64(-1);
+  int bad = 0;
+  for (int i = 0; i < count; i += 8) {
+    const __mmask8 live = count - i >= 8 ? 0xff : static_cast<__mmask8>((1u << (count - i)) - 1);
+    const __m512i id = _mm512_maskz_loadu_epi64(live, ids + i);
+    const __mmask8 inside = _mm512_cmplt_epu64_mask(id, rows);
+    const __mmask8 pruned = _mm512_cmpeq_epi64_mask(id, pruned_id);
+    bad += __builtin_popcount(live & static_cast<unsigned>(~inside & ~pruned & 0xff));
+    const __m512i rank = _mm512_mask_mov_epi64(_mm512_maskz_mov_epi64(inside, id), pruned, pruned_id);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ranks + i), _mm512_cvtepi64_epi32(rank));
+  }
+  return bad;
+}
+
+int resolve_ids(const int32_t* ids, int count, int64_t num_rows, int32_t* ranks) {
+  const __m512i rows = _mm512_set1_epi32(static_cast<int32_t>(num_rows));
+  const __m512i pruned_id = _mm512_set1_epi32(-1);
+  int bad = 0;
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 live = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __m512i id = _mm512_maskz_loadu_epi32(live, ids + i);
+    const __mmask16 inside = _mm512_cmplt_epu32_mask(id, rows);
+    const __mmask16 pruned = _mm512_cmpeq_epi32_mask(id, pruned_id);
+    bad += __builtin_popcount(live & static_cast<unsigned>(~inside & ~pruned & 0xffff));
+    const __m512i rank = _mm512_mask_mov_epi32(_mm512_maskz_mov_epi32(inside, id), pruned, pruned_id);
+    _mm512_storeu_si512(ranks + i, rank);
+  }
+  return bad;
+}
+
+// Sum of the widths of the rows before `position` in a nibble line, whose first 4 bytes are no widths.
+inline uint32_t widths_before_512(const uint8_t* line, int position) {
+  const __m512i bytes = _mm512_loadu_si512(line);
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  const uint64_t whole = ((1ull << (position / 2)) - 1) << 4;        // bytes of which both rows come before
+  const uint64_t lower = ((1ull << ((position + 1) / 2)) - 1) << 4;  // and of which the lower one does
+  const __m512i low = _mm512_maskz_mov_epi8(lower, _mm512_and_si512(bytes, low_nibble));
+  const __m512i high = _mm512_maskz_mov_epi8(whole, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_nibble));
+  const __m512i sums = _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512());
+  return static_cast<uint32_t>(_mm512_reduce_add_epi64(sums));
+}
+
+inline __mmask16 live_of(int left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+// Ranks to rows, 16 at a time. A table's few runs are checked once and kept in registers' shape: a rank's run is the
+// number of starts at or before it, and a permutation by that number gives the run's record.
+class Locator {
+ public:
+  explicit Locator(const PackedTable& table) : table_(table) {
+    // A bitmap's ranks are as good as its lines: they are checked one by one.
+    few_runs_ = (table.kind == Directory::Ranked || table.kind == Directory::Remap) && table.num_runs > 0 &&
+                table.num_runs <= kFewRuns;
+    one_line_ = few_runs_ && (table.blocks % 8 == 0 || 8 % table.blocks == 0);
+    // Only if runs start in order does a rank's run end behind it.
+    for (int32_t k = 1; few_runs_ && k < table.num_runs; ++k) {
+      few_runs_ = table.run_starts[k] >= (k == 1 ? 0 : table.run_starts[k - 1]);
+    }
+    one_line_ &= few_runs_;
+    if (!few_runs_) {
+      return;
+    }
+    for (int k = 0; k < table.num_runs; ++k) {
+      const RunRecord& run = table.runs[k];
+      const int64_t first = k == 0 ? 0 : table.run_starts[k];
+      const int64_t end = k + 1 < table.num_runs ? table.run_starts[k + 1] : table.num_rows;
+      starts_[k] = k == 0 ? 0 : table.run_starts[k];
+      if (run.bits == 0) {
+        continue;
+      }
+      const int64_t row_bytes = static_cast<int64_t>(table.blocks) * run.bits;
+      const int64_t limit = table.weights_bytes - kEndPadding;
+      // Offsets within the limit's square cannot overflow when ranks below 2^31 are added.
+      const bool inside = run.bits <= kMaxBits && run.row_bytes == row_bytes && first <= end && end <= table.num_rows &&
+                          run.offset >= -limit - row_bytes * table.num_rows && run.offset <= limit &&
+                          run.offset + first * row_bytes >= 0 && run.offset + end * row_bytes <= limit;
+      damaged_ |= !inside;
+      one_line_ &= inside && (run.bits & (run.bits - 1)) == 0 && (run.offset + first * row_bytes) % kLineBytes == 0;
+      offsets_[k] = inside ? run.offset : 0;
+      bits_[k] = inside ? run.bits : 0;
+    }
+  }
+
+  // Whether no group of 64 elements of a row, counted from its first, crosses a line: their 8 * bits bytes divide it.
+  bool one_line() const {
+    return one_line_;
+  }
+
+  Located locate(const float* weights, int first, int count, Ring& ring) const {
+    if (few_runs_) {
+      return weights == nullptr ? locate_few<false>(weights, first, count, ring)
+                                : locate_few<true>(weights, first, count, ring);
+    }
+    Places places;
+    if (table_.nibble_lines > 0) {
+      find_in_nibbles<widths_before_512>(table_, ring.rank + first, count, places);
+    } else {
+      find_in_runs(table_, ring.rank + first, count, places);
+    }
+    Located found{false, false};
+    for (int i = 0; i < count; i += 16) {
+      const __mmask16 live = live_of(count - i);
+      const __m512i rank = _mm512_load_si512(ring.rank + first + i);
+      const __m512i bits = _mm512_load_si512(places.bits + i);
+      const __m512i low = _mm512_load_si512(places.offset + i);
+      const __m512i high = _mm512_load_si512(places.offset + i + 8);
+      const __m512i row_bytes = _mm512_mullo_epi32(bits, _mm512_set1_epi32(table_.blocks));
+      const __mmask16 inside = _mm512_cmple_epu32_mask(bits, _mm512_set1_epi32(kMaxBits)) &
+                               (inside_8(low, _mm512_castsi512_si256(row_bytes)) |
+                                inside_8(high, _mm512_extracti64x4_epi64(row_bytes, 1)) << 8);
+      const __mmask16 row = _mm512_cmpge_epi32_mask(rank, _mm512_setzero_si512());
+      found.damaged |= (row & live & static_cast<__mmask16>(~inside)) != 0;
+      found.mixed |= put_16<true>(weights == nullptr ? nullptr : weights + i, first + i, live, rank,
+                                  row & inside & _mm512_test_epi32_mask(bits, bits), low, high, bits, ring);
+    }
+    return found;
+  }
+
+ private:
+  int inside_8(__m512i offset, __m256i row_bytes) const {
+    const __m512i limit = _mm512_set1_epi64(table_.weights_bytes - kEndPadding);
+    const __m512i last = _mm512_sub_epi64(limit, _mm512_cvtepu32_epi64(row_bytes));
+    return _mm512_cmple_epi64_mask(offset, last) & _mm512_cmpge_epi64_mask(offset, _mm512_setzero_si512());
+  }
+
+  template <bool kWeighted>
+  Located locate_few(const float* weights, int first, int count, Ring& ring) const {
+    const __m512i starts = _mm512_load_si512(starts_);
+    const __m512i offsets_low = _mm512_load_si512(offsets_);
+    const __m512i offsets_high = _mm512_load_si512(offsets_ + 8);
+    const __m512i widths = _mm512_load_si512(bits_);
+    Located found{damaged_, false};
+    for (int i = 0; i < count; i += 16) {
+      const __m512i rank = _mm512_load_si512(ring.rank + first + i);
+      __m512i run = _mm512_setzero_si512();
+      for (int k = 1; k < table_.num_runs; ++k) {
+        const __m512i start = _mm512_permutexvar_epi32(_mm512_set1_epi32(k), starts);
+        run = _mm512_mask_add_epi32(run, _mm512_cmpge_epi32_mask(rank, start), run, _mm512_set1_epi32(1));
+      }
+      const __m512i bits = _mm512_permutexvar_epi32(run, widths);
+      const __m512i row_bytes = _mm512_mullo_epi32(bits, _mm512_set1_epi32(table_.blocks));
+      const auto offset_8 = [&](__m256i run_8, __m256i size_8, __m256i rank_8) {
+        const __m512i base = _mm512_permutex2var_epi64(offsets_low, _mm512_cvtepu32_epi64(run_8), offsets_high);
+        const __m512i rows = _mm512_mul_epu32(_mm512_cvtepu32_epi64(rank_8), _mm512_cvtepu32_epi64(size_8));
+        return _mm512_add_epi64(base, rows);
+      };
+      const __m512i low =
+          offset_8(_mm512_castsi512_si256(run), _mm512_castsi512_si256(row_bytes), _mm512_castsi512_si256(rank));
+      const __m512i high = offset_8(_mm512_extracti64x4_epi64(run, 1), _mm512_extracti64x4_epi64(row_bytes, 1),
+                                    _mm512_extracti64x4_epi64(rank, 1));
+      const __mmask16 row = _mm512_cmpge_epi32_mask(rank, _mm512_setzero_si512());
+      found.mixed |= put_16<kWeighted>(kWeighted ? weights + i : nullptr, first + i, live_of(count - i), rank,
+                                       row & _mm512_test_epi32_mask(bits, bits), low, high, bits, ring);
+    }
+    return found;
+  }
+
+  // 16 rows, of which `stored` lie in the weights, to the ring; returns whether any is mixed.
+  template <bool kWeighted>
+  __attribute__((always_inline)) bool put_16(const float* weights, int slot, __mmask16 live, __m512i rank,
+                                             __mmask16 stored, __m512i low, __m512i high, __m512i bits,
+                                             Ring& ring) const {
+    const __m512i width = _mm512_maskz_mov_epi32(stored, bits);
+    const __m512i last_byte = _mm512_mask_sub_epi32(
+        width, stored, _mm512_mullo_epi32(width, _mm512_set1_epi32(table_.blocks)), _mm512_set1_epi32(1));
+    const __m256i position_low = put_8(slot, static_cast<__mmask8>(stored), low, _mm512_castsi512_si256(last_byte), ring);
+    const __m256i position_high = put_8(slot + 8, static_cast<__mmask8>(stored >> 8), high,
+                                        _mm512_extracti64x4_epi64(last_byte, 1), ring);
+    const __m512i position = _mm512_inserti64x4(_mm512_castsi256_si512(position_low), position_high, 1);
+    // Short rows: which of permute_16 they need. Others: the place in the line, in each of the four bytes.
+    _mm512_store_si512(ring.position + slot,
+                       table_.blocks <= 2 ? _mm512_add_epi32(_mm512_slli_epi32(width, 4), position)
+                                          : _mm512_mullo_epi32(position, _mm512_set1_epi32(0x01010101)));
+    _mm512_store_si512(ring.bits + slot, width);
+    const __m512 alpha = _mm512_permutexvar_ps(width, _mm512_maskz_loadu_ps(0x1ff, table_.alpha));
+    const bool mixed = kWeighted || (stored & live) != live;
+    __m512 weight = _mm512_set1_ps(1.0f);
+    if (kWeighted && weights != nullptr) {
+      weight = _mm512_maskz_loadu_ps(live, weights);
+    }
+    weight = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(rank, _mm512_set1_epi32(kPruned)), weight);
+    _mm512_store_ps(ring.scale + slot, _mm512_maskz_mul_ps(stored, weight, alpha));
+    _mm512_store_ps(ring.kept + slot, _mm512_maskz_mov_ps(stored, weight));
+    _mm512_store_ps(ring.zero + slot, _mm512_maskz_mov_ps(static_cast<__mmask16>(~stored), weight));
+    return mixed;
+  }
+
+  // Where 8 rows are read from, and where in that they start.
+  __attribute__((always_inline)) __m256i put_8(int slot, __mmask8 stored, __m512i offset, __m256i last_byte,
+                                               Ring& ring) const {
+    const __m512i start = _mm512_maskz_mov_epi64(stored, offset);
+    const __m512i last = _mm512_add_epi64(start, _mm512_cvtepu32_epi64(last_byte));
+    const __m512i line = _mm512_set1_epi64(-kLineBytes);
+    __m512i read = _mm512_and_si512(start, line);
+    if (table_.blocks <= 2) {
+      // The 16 bytes from the row's first on, or the last 16 of the line in which it ends: no other line is touched.
+      const __m512i last_16 = _mm512_or_si512(_mm512_and_si512(last, line), _mm512_set1_epi64(kLineBytes - 16));
+      read = _mm512_min_epi64(start, last_16);
+    }
+    _mm512_store_si512(ring.start + slot, read);
+    _mm512_store_si512(ring.last + slot, last);
+    return _mm512_cvtepi64_epi32(_mm512_sub_epi64(start, read));
+  }
+
+  const PackedTable& table_;
+  bool few_runs_ = false;
+  bool one_line_ = false;
+  bool damaged_ = false;
+  alignas(64) int32_t starts_[kFewRuns] = {};
+  alignas(64) int64_t offsets_[kFewRuns] = {};
+  alignas(64) int32_t bits_[kFewRuns] = {};
+};
+
+inline void add_weights(const Ring& ring, int first, int count, float& kept, float& zero) {
+  __m512 kept_sum = _mm512_setzero_ps();
+  __m512 zero_sum = _mm512_setzero_ps();
+  for (int i = 0; i < count; i += 16) {
+    const int slot = (first + i) & (kRing - 1);
+    const __mmask16 live = live_of(count - i);
+    const __mmask16 unwrapped = live & live_of(kRing - slot);
+    kept_sum = _mm512_add_ps(kept_sum, _mm512_maskz_loadu_ps(unwrapped, ring.kept + slot));
+    zero_sum = _mm512_add_ps(zero_sum, _mm512_maskz_loadu_ps(unwrapped, ring.zero + slot));
+    if (unwrapped != live) {
+      // In the lanes where they would be without the wrap: a sum does not depend on where its bag is in the ring.
+      const __mmask16 wrapped = live & static_cast<__mmask16>(~unwrapped);
+      kept_sum = _mm512_add_ps(kept_sum, _mm512_maskz_expandloadu_ps(wrapped, ring.kept));
+      zero_sum = _mm512_add_ps(zero_sum, _mm512_maskz_expandloadu_ps(wrapped, ring.zero));
+    }
+  }
+  kept += _mm512_reduce_add_ps(kept_sum);
+  zero += _mm512_reduce_add_ps(zero_sum);
+}
+
+#include "packed_embedding_bag_driver.inc.h"
+
+void lookup_feature_by_dim(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults) {
+  switch ((lookup.features[f].table->embedding_dim + 15) / 16) {
+    case 1: return lookup_feature_of<1>(lookup, f, first, last, faults);
+    case 2: return lookup_feature_of<2>(lookup, f, first, last, faults);
+    case 3: return lookup_feature_of<3>(lookup, f, first, last, faults);
+    case 4: return lookup_feature_of<4>(lookup, f, first, last, faults);
+    case 6: return lookup_feature_of<6>(lookup, f, first, last, faults);
+    case 8: return lookup_feature_of<8>(lookup, f, first, last, faults);
+    case 16: return lookup_feature_of<16>(lookup, f, first, last, faults);
+    default: return lookup_feature_of<0>(lookup, f, first, last, faults);
+  }
+}
+
+}  // namespace avx512
+}  // namespace torchrec_mpe
+
+TORCHREC_MPE_END
+#endif

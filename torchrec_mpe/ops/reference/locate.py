@@ -1,0 +1,80 @@
+"""From ids to the bytes and widths of their rows, in pure PyTorch."""
+
+import torch
+from torch import Tensor
+
+from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+
+
+def locate(
+    ids: Tensor,
+    kind: Directory,
+    directory: Tensor,
+    rows: int,
+    unit: int,
+    run_records: Tensor,
+    run_starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Where the rows of one table lie and how wide they are.
+
+    Args:
+        ids (Tensor): int64 [n], each in [0, rows).
+        kind (Directory): of the table.
+        directory (Tensor): uint8, from the first byte of the table's part on.
+        rows (int): rows of the table.
+        unit (int): ceil(D / 8), the bytes that one bit of width adds to a row.
+        run_records (Tensor): int64 [runs, 2], of the table.
+        run_starts (Tensor): int32 [runs], of the table.
+
+    Returns:
+        tuple[Tensor, Tensor]: int64 [n] the byte where each row starts, counted from the table's first byte, and int64
+        [n] its bit-width; the byte of a 0-bit row has no meaning.
+    """
+    if kind == Directory.RANKED:
+        return _in_runs(ids, run_records, run_starts)
+    if kind == Directory.REMAP:
+        remap = directory[: 4 * rows].view(torch.int32)
+        return _in_runs(remap[ids].long(), run_records, run_starts)
+    if kind == Directory.NIBBLE:
+        return _in_nibble_lines(ids, directory, rows, unit)
+    kept, ranks = _kept_ranks(ids, directory, rows)
+    starts, bits = torch.zeros_like(ids), torch.zeros_like(ids)
+    if kind == Directory.BITMAP:
+        starts[kept], bits[kept] = _in_runs(ranks[kept], run_records, run_starts)
+    else:
+        nibbles = directory[-(-rows // BITMAP_ROWS) * LINE_BYTES :]
+        starts[kept], bits[kept] = _in_nibble_lines(ranks[kept], nibbles, rows, unit)
+    return starts, bits
+
+
+def _in_runs(ranks: Tensor, run_records: Tensor, run_starts: Tensor) -> tuple[Tensor, Tensor]:
+    run = torch.searchsorted(run_starts.long(), ranks, right=True) - 1
+    offset, row_bytes, bits = run_records[run, 0], run_records[run, 1] & 0xFFFFFFFF, run_records[run, 1] >> 32
+    return offset + ranks * row_bytes, bits
+
+
+def _in_nibble_lines(ranks: Tensor, directory: Tensor, rows: int, unit: int) -> tuple[Tensor, Tensor]:
+    lines = _lines(directory, rows, NIBBLE_ROWS)[ranks // NIBBLE_ROWS]
+    position = (ranks % NIBBLE_ROWS).unsqueeze(1)
+    base = lines[:, :4].contiguous().view(torch.int32).squeeze(1).long() & 0xFFFFFFFF
+    widths = torch.stack([lines[:, 4:] & 15, lines[:, 4:] >> 4], dim=2).flatten(1)
+    before = torch.arange(NIBBLE_ROWS, device=ranks.device) < position
+    starts = base + (widths * before).sum(1)
+    return starts * unit, widths.gather(1, position).squeeze(1).long()
+
+
+def _kept_ranks(ids: Tensor, directory: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Whether each id's bit is set, and its kept rank."""
+    lines = _lines(directory, rows, BITMAP_ROWS)[ids // BITMAP_ROWS]
+    position = (ids % BITMAP_ROWS).unsqueeze(1)
+    rank = lines[:, :8].contiguous().view(torch.int64).squeeze(1)
+    place = torch.arange(8, dtype=torch.uint8, device=ids.device)
+    bits = (lines[:, 8:].unsqueeze(2) >> place & 1).flatten(1)
+    before = torch.arange(BITMAP_ROWS, device=ids.device) < position
+    return bits.gather(1, position).squeeze(1).bool(), rank + (bits * before).sum(1)
+
+
+def _lines(directory: Tensor, rows: int, rows_per_line: int) -> Tensor:
+    """The lines, [at most ceil(rows / rows_per_line), 64]."""
+    lines = directory.numel() // LINE_BYTES
+    return directory[: min(lines, -(-rows // rows_per_line)) * LINE_BYTES].view(-1, LINE_BYTES)
