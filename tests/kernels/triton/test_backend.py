@@ -1,0 +1,53 @@
+"""The thin functions between the ops and the kernels."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torchrec_mpe.ops import backends, fixed_quantization, quantize_and_pack, triton_backend
+
+OPS = ["expected_quantization", "fixed_quantization", "packed_embedding_bag", "quantize_and_pack"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_is_registered(op):
+    assert backends.implementation(op, "triton") is getattr(triton_backend, op)
+
+
+def test_importing_the_ops_imports_no_triton():
+    code = "import sys, torchrec_mpe.ops, torchrec_mpe.ops.triton_backend; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_op_runs_on_triton_by_name(device):
+    rows = torch.tensor([[0.3], [-0.2]], device=device)
+    arguments = (torch.tensor([0, 0], device=device), torch.tensor([0.25], device=device))
+    beta, scale = torch.zeros(1, device=device), torch.ones(1, device=device)
+    out = fixed_quantization(rows, *arguments, beta, None, None, (4,), scale, backend="triton")
+    assert out.tolist() == [[0.25], [-0.25]]
+    packed = quantize_and_pack(rows, 4, torch.tensor(0.25, device=device), beta, backend="triton")
+    assert packed.tolist() == [[9, 0, 0, 0], [7, 0, 0, 0]]
+
+
+def test_without_triton_one_sentence_says_what_to_install(monkeypatch):
+    triton_backend._kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="backend triton of op quantize_and_pack needs Triton: install"):
+        triton_backend.quantize_and_pack(torch.zeros(1, 1), 4, torch.tensor(1.0), torch.zeros(1))
+    triton_backend._kernel.cache_clear()
+
+
+def test_cpu_tensors_outside_the_interpreter_are_refused():
+    code = """
+import torch
+from torchrec_mpe.ops.triton_backend import quantize_and_pack
+try:
+    quantize_and_pack(torch.zeros(1, 1), 4, torch.tensor(1.0), torch.zeros(1))
+except ValueError as error:
+    assert "set TRITON_INTERPRET=1" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "/usr/bin:/bin"})
