@@ -1,4 +1,6 @@
-"""The reference ops against a twin composed of autograd's own operations, in float64."""
+"""Every backend against a twin composed of autograd's own operations, in float64; float32 against exact codes."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ops.every_backend import CPU, FAST, on
 from torchrec_mpe.ops import expected_quantization, fixed_quantization, use_backend
 
 ALL_BITS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
@@ -67,6 +70,12 @@ def compare(ours: Tensor, theirs: Tensor, leaves: dict[str, Tensor | None]) -> N
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}")
 
 
+@pytest.fixture(params=FAST, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("bits", [(0, 1, 2, 3, 4, 5, 6), ALL_BITS, (0, 4), (3,), (1,), (8,), (0,)])
 @pytest.mark.parametrize("zero", [True, False])
 def test_expected_quantization_equals_composed_autograd(bits: tuple[int, ...], zero: bool) -> None:
@@ -124,7 +133,7 @@ def test_gradients_by_hand() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.sets(st.integers(0, 8), min_size=1),
-    st.integers(1, 19),
+    st.integers(1, 35),
     st.integers(0, 12),
     st.integers(0, 2**16),
 )
@@ -132,7 +141,162 @@ def test_any_candidates_and_dimension(bits: set[int], dim: int, rows: int, seed:
     ordered = tuple(sorted(bits))
     leaves, group, table, scale = example(ordered, dim=dim, rows=rows, seed=seed)
     args = leaves["rows"], leaves["probabilities"], group, leaves["alpha"], leaves["beta"], leaves["zero_rows"]
-    compare(expected_quantization(*args, table, ordered, scale), twin(*args, table, ordered, scale), leaves)
+    for name in FAST:
+        with on(name):
+            compare(expected_quantization(*args, table, ordered, scale), twin(*args, table, ordered, scale), leaves)
+
+
+# Hypothesis runs one example many times and refuses fixtures that a test function's runs would share.
+test_any_candidates_and_dimension = pytest.mark.parametrize("backend", ["reference"], indirect=True)(
+    test_any_candidates_and_dimension
+)
+
+
+@pytest.mark.parametrize("dim", [1, 8, 16, 19, 32, 64])
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+def test_float32_codes_are_those_of_division(bits: int, dim: int) -> None:
+    g = torch.Generator().manual_seed(bits * 100 + dim)
+    rows = torch.randn(200, dim, generator=g)
+    alpha, beta = torch.tensor([0.0371]), torch.randn(dim, generator=g) * 0.1
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rows[:4] = beta + 0.0371 * torch.tensor([[0.5], [1.5], [-0.5], [-2.5]])  # near ties
+    codes = ((rows - beta) / alpha).round().clamp(low, high)
+    out = fixed_quantization(rows, torch.zeros(200, dtype=torch.uint8), alpha, beta, None, None, (bits,), torch.ones(1))
+    torch.testing.assert_close(out, codes * alpha + beta, rtol=0, atol=2e-7 * 2**bits)
+
+
+def test_ties_round_to_even() -> None:
+    """Step sizes that are powers of two divide exactly."""
+    rows = torch.arange(-10, 11).float().div(8).unsqueeze(1)  # quarters of a step of 1/2
+    zeros, one = torch.zeros(21, dtype=torch.long), torch.ones(1)
+    even = torch.tensor([-2, -2, -2, -2, -2, -1, -1, -1, -0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]).float()
+    args = torch.tensor([0.5]), torch.zeros(1), None, None, (2,), one
+    assert (fixed_quantization(rows, zeros, *args).squeeze(1) * 2).tolist() == even.tolist()
+    assert (expected_quantization(rows, one.view(1, 1), zeros, *args).squeeze(1) * 2).tolist() == even.tolist()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_float32_equals_float64_of_the_reference() -> None:
+    """Rows in the middles of code cells, so that both precisions round alike."""
+    bits = (0, 1, 2, 3, 4, 5, 6)
+    leaves, group, table, scale = example(bits, dim=24, rows=3000, groups=40)
+    with torch.no_grad():
+        leaves["alpha"].copy_(torch.tensor([1, 1, 1, 0.5, 0.25, 0.25, 0.125]))
+        leaves["beta"].zero_()
+        cell = leaves["rows"].mul(16).floor().div(16)
+        leaves["rows"].copy_(cell + 1 / 32)
+    names = ["rows", "probabilities", "alpha", "beta", "zero_rows"]
+
+    upstream = torch.randn(leaves["rows"].shape, generator=torch.Generator().manual_seed(9))
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaf = {name: leaves[name].detach().to(dtype).requires_grad_() for name in names}
+        out = expected_quantization(
+            *(leaf["rows"], leaf["probabilities"], group, leaf["alpha"], leaf["beta"], leaf["zero_rows"]),
+            *(table, bits, scale.to(dtype)),
+        )
+        out.backward(upstream.to(dtype))
+        return [out.detach(), *(leaf[name].grad for name in names)]
+
+    got = run(torch.float32)
+    with use_backend("reference"):
+        want = run(torch.float64)
+    for name, a, b in zip(["output", *names], got, want, strict=True):
+        error = (a - b).abs().max() / b.abs().max()
+        assert error < 3e-6, f"{name} is off by {error:.1e} of its largest value"
+
+
+def test_not_a_number_stays() -> None:
+    rows = torch.tensor([[float("nan"), 1.0, float("inf"), float("-inf")]])
+    zeros, one = torch.zeros(1, dtype=torch.long), torch.ones(1)
+    for out in (
+        fixed_quantization(rows, zeros, one, torch.zeros(4), None, None, (3,), one),
+        expected_quantization(rows, one.view(1, 1), zeros, one, torch.zeros(4), None, None, (3,), one),
+    ):
+        assert torch.isnan(out[0, 0])
+        assert out[0, 1:].tolist() == [1, 3, -4]
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    """More rows than a chunk has, by far."""
+    bits = (0, 1, 2, 3, 4, 5, 6)
+    leaves, group, table, scale = example(bits, dim=7, rows=30_000)
+    leaves = {name: leaf.detach().float() for name, leaf in leaves.items()}
+    candidate = group % len(bits)
+    grad = torch.randn(30_000, 7, generator=torch.Generator().manual_seed(4))
+    rest = leaves["alpha"], leaves["beta"], leaves["zero_rows"], table, bits, scale.float()
+    ops = torch.ops.torchrec_mpe
+
+    def run() -> list[Tensor]:
+        searched = leaves["rows"], leaves["probabilities"], group, *rest
+        fixed = leaves["rows"], candidate, *rest
+        return [
+            ops.expected_quantization(*searched),
+            *ops.expected_quantization_backward(grad, *searched),
+            ops.fixed_quantization(*fixed),
+            *ops.fixed_quantization_backward(grad, *fixed),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(2)
+        together = run()
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+def test_ops_are_registered_as_torch_wants() -> None:
+    leaves, group, table, scale = example((0, 2, 5), dim=3, rows=6)
+    values = [leaves[name] for name in ("rows", "probabilities", "alpha", "beta", "zero_rows")]
+    rows, probabilities, alpha, beta, zero_rows = values
+    ops = torch.ops.torchrec_mpe
+    searched = rows, probabilities, group, alpha, beta, zero_rows, table, (0, 2, 5), scale
+    torch.library.opcheck(ops.expected_quantization.default, searched)
+    torch.library.opcheck(ops.expected_quantization.default, (*searched[:5], None, None, *searched[7:]))
+    torch.library.opcheck(ops.fixed_quantization.default, (rows, group % 3, *searched[3:]))
+    plain = [t.detach() if isinstance(t, Tensor) else t for t in searched]
+    torch.library.opcheck(ops.expected_quantization_backward.default, (rows.detach(), *plain))
+    torch.library.opcheck(ops.fixed_quantization_backward.default, (rows.detach(), plain[0], group % 3, *plain[3:]))
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+def test_compiles_into_one_graph() -> None:
+    leaves, group, table, scale = example((0, 2, 5))
+    args = leaves["rows"], leaves["probabilities"], group, leaves["alpha"], leaves["beta"], leaves["zero_rows"], table
+
+    def twice(*tensors: Tensor) -> Tensor:
+        return 2 * expected_quantization(*tensors, (0, 2, 5), scale)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    compare(compiled(*args), twice(*args), leaves)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"group": torch.full((64,), 4)}, IndexError, "4 is not in 0 to 3"),
+        ({"group": torch.full((64,), -1)}, IndexError, "-1 is not in 0 to 3"),
+        ({"table": torch.full((64,), 3)}, IndexError, "3 is not in 0 to 2"),
+        ({"table": None}, ValueError, "zero_rows need one table number a row"),
+        ({"alpha": torch.ones(3, dtype=torch.float64)}, ValueError, "alpha must be"),
+        ({"alpha": torch.ones(2)}, TypeError, "alpha is Float, rows Double"),
+        ({"bits": (0, 9)}, ValueError, "bit-width 9 is not in 0 to 8"),
+        ({"group": torch.zeros(64)}, TypeError, "expected an integer tensor"),
+    ],
+)
+def test_wrong_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
+    leaves, group, table, scale = example((0, 2))
+    given_ = {**leaves, "group": group, "table": table, "bits": (0, 2), **change}
+    names = ("rows", "probabilities", "group", "alpha", "beta", "zero_rows", "table", "bits")
+    with pytest.raises(error, match=message):
+        expected_quantization(*(given_[name] for name in names), scale)
 
 
 def test_backend_by_name() -> None:

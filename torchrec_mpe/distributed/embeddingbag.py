@@ -1,5 +1,6 @@
 """MPEEmbeddingBagCollection sharded by TorchRec, its rows in FBGEMM's training TBE."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchrec_mpe.distributed.one_table_lookup import OneTableLookup, can_be_one_table
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
@@ -35,45 +37,64 @@ from torchrec_mpe.quantizer import RowQuantizer
 _ROWS_SPLIT = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
 
 
-class _QuantizeAndPool:
-    """Forward hook of one embedding kernel: unpooled rows in, quantized and pooled embeddings out.
+class _QuantizedForward:
+    """``forward`` of one embedding kernel: its rows looked up unpooled, quantized, and pooled.
 
-    An object and not a closure, so that a model with hooks can be deep-copied.
+    An object and not a closure, so that a model can be deep-copied.
     """
 
     def __init__(
-        self, collection: "ShardedMPEEmbeddingBagCollection", lookup: GroupedPooledEmbeddingsLookup, rows_split: bool
+        self,
+        collection: "ShardedMPEEmbeddingBagCollection",
+        lookup: GroupedPooledEmbeddingsLookup,
+        kernel: BaseBatchedEmbeddingBag,
+        rows_split: bool,
     ) -> None:
         self._collection = collection
         self._lookup = lookup
+        self._kernel = kernel
         # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
         self._rows_split = rows_split
+        self._one_table = OneTableLookup(kernel.emb_module) if can_be_one_table(kernel.emb_module) else None
 
-    def __call__(self, kernel: BaseBatchedEmbeddingBag, arguments: tuple[KeyedJaggedTensor], rows: Tensor) -> Tensor:
-        features = arguments[0]
-        ids_per_feature = features.length_per_key()
-        ids = features.values()
-        if isinstance(kernel, BatchedDenseEmbeddingBag):
-            rows = _rows_of_dense_kernel(kernel, ids, ids_per_feature)
-        rows = rows.float()  # a TBE may be told to return FP16, too coarse for step sizes
+    def __call__(self, features: KeyedJaggedTensor) -> Tensor:
+        kernel = self._kernel
+        ids, offsets, bags = features.values(), features.offsets(), features.stride()
         weights = features.weights_or_none()
+        starts = [0, *itertools.accumulate(features.length_per_key())]  # of the features' ids
+        row_starts = starts  # of the features' rows: fewer than ids if each distinct row was looked up once
+        index: Tensor | None = None
+        row_offsets: Tensor | None = None
+        if self._one_table is not None:
+            rows, ids, index, row_offsets = self._one_table(ids, offsets, bags)
+            row_starts = row_offsets.tolist()
+        elif isinstance(kernel, BatchedDenseEmbeddingBag):
+            rows = _rows_of_dense_kernel(kernel, ids, features.length_per_key())
+        else:
+            rows = type(kernel).forward(kernel, features)
+        rows = rows.float()  # a TBE may be told to return FP16, too coarse for step sizes
         pooled: list[Tensor] = []
         for dim, (first, last), lookups, columns in self._runs(kernel):
-            start, stop = sum(ids_per_feature[:first]), sum(ids_per_feature[:last])
-            bags = features.stride()
-            values = quantize_and_pool(
-                self._collection.quantizers()[dim],
-                lookups,
-                rows[start:stop],
-                ids[start:stop],
-                features.lengths()[first * bags : last * bags],
-                ids_per_feature[first:last],
-                [bags] * (last - first),
-                None if weights is None else weights[start:stop],
-                columns,
-                self._lookup._scale_gradient_factor,
+            start, stop = starts[first], starts[last]
+            row_start, row_stop = row_starts[first], row_starts[last]
+            # The gradient of a slice is as large as the whole.
+            of_run = rows if len(rows) == row_stop - row_start else rows[row_start:row_stop]
+            pooled.append(
+                quantize_and_pool(
+                    self._collection.quantizers()[dim],
+                    lookups,
+                    of_run,
+                    ids[row_start:row_stop],
+                    offsets[first * bags : last * bags + 1],
+                    [bags] * (last - first),
+                    None if weights is None else weights[start:stop],
+                    columns,
+                    self._lookup._scale_gradient_factor,
+                    side_by_side=True,
+                    index=None if index is None else index[start:stop],
+                    row_offsets=None if row_offsets is None else row_offsets[first : last + 1],
+                )
             )
-            pooled.append(values.view(last - first, bags, -1).transpose(0, 1).reshape(bags, -1))
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
     def _runs(
@@ -190,9 +211,8 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if all(info.embedding_config.pooling != PoolingType.NONE for info in infos):
             return
         for sharding, lookup in zip(self._embedding_shardings, self._lookups, strict=True):
-            hook = _QuantizeAndPool(self, lookup, isinstance(sharding, _ROWS_SPLIT))
             for kernel in lookup._emb_modules:
-                kernel.register_forward_hook(hook)
+                kernel.forward = _QuantizedForward(self, lookup, kernel, isinstance(sharding, _ROWS_SPLIT))
 
     def pooling_of(self, table: str) -> PoolingType:
         """A table's pooling as the user configured it."""

@@ -191,8 +191,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                 [FeatureLookup(t.name, t.pooling == PoolingType.MEAN, t.num_embeddings) for _, _, t, _ in lookups],
                 torch.cat([F.embedding(ids[k], self.embedding_bags[table.name].weight) for _, _, table, k in lookups]),
                 torch.cat([ids[k] for k in keys]),
-                torch.cat([lengths[k] for k in keys]),
-                [ids_per_key[k] for k in keys],
+                torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat([lengths[k] for k in keys])),
                 [bags_per_key[k] for k in keys],
                 None if weights is None else torch.cat([weights[k] for k in keys]),
             )

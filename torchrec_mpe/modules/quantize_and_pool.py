@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from torchrec_mpe.quantizer import RowQuantizer
+from torchrec_mpe.quantizer.row_quantizer import Bags
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ def quantize_and_pool(
     features: Sequence[FeatureLookup],
     rows: Tensor,
     ids: Tensor,
-    lengths: Tensor,
-    ids_per_feature: Sequence[int],
+    offsets: Tensor,
     bags_per_feature: Sequence[int],
     per_sample_weights: Tensor | None = None,
     columns: slice = slice(None),
     gradient_factor: float = 1,
+    side_by_side: bool = False,
+    index: Tensor | None = None,
+    row_offsets: Tensor | None = None,
 ) -> Tensor:
     """Quantize the rows of F features and pool them into each feature's bags.
 
@@ -45,31 +47,32 @@ def quantize_and_pool(
         features (Sequence[FeatureLookup]): F features.
         rows (Tensor): [N, D], the rows of all features' ids, feature after feature.
         ids (Tensor): [N], int32 or int64, row ids counted from each feature's ``first_row``.
-        lengths (Tensor): [bags], ids per bag, feature after feature.
-        ids_per_feature (Sequence[int]): F numbers, their sum is N.
+        offsets (Tensor): [bags + 1], int32 or int64, where each bag starts, feature after feature, counted from
+            ``offsets[0]``.
         bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
         per_sample_weights (Optional[Tensor]): [N].
         columns (slice): the columns of the tables that ``rows`` holds.
         gradient_factor (float): multiplies the gradients of the quantizer's parameters.
+        side_by_side (bool): features beside each other; every feature must have the same number B of bags.
+        index (Optional[Tensor]): [N], where each id is among the distinct ids of its feature; then ``rows`` and ``ids``
+            are those of the distinct ids, as :func:`torchrec_mpe.ops.quantized_embedding_bag.unique_ids` returns them.
+        row_offsets (Optional[Tensor]): [F + 1], where each feature's distinct ids start; with ``index``.
 
     Returns:
-        Tensor: [bags, D].
+        Tensor: [bags, D], or [B, F * D] if ``side_by_side``.
     """
-    device = rows.device
-    first_rows = [quantizer.first_row[f.table] + f.first_row for f in features]
-    tables = [quantizer.table_number[f.table] for f in features]
-    limits = [f.num_rows for f in features]
-    per_feature = torch.tensor([list(ids_per_feature), first_rows, tables, limits], device=device)
-    shift, table, limit = torch.repeat_interleave(per_feature[1:], per_feature[0], dim=1, output_size=len(rows))
-    row = torch.where((ids >= 0) & (ids < limit), ids, 0) + shift
-    quantized: Tensor = quantizer(rows, row, table, columns, gradient_factor)
-    if per_sample_weights is not None:
-        quantized = quantized * per_sample_weights.to(quantized.dtype).unsqueeze(1)
-    bag = torch.repeat_interleave(lengths, output_size=len(rows))
-    pooled = quantized.new_zeros(len(lengths), rows.shape[1]).index_add(0, bag, quantized)
-    if any(f.mean for f in features):
-        repeats = torch.tensor(list(bags_per_feature), device=device)
-        mean = torch.tensor([f.mean for f in features], device=device).repeat_interleave(repeats)
-        divisor = torch.where(mean, lengths.clamp(min=1), 1)
-        pooled = pooled / divisor.to(pooled.dtype).unsqueeze(1)
+    bags = Bags(
+        ids,
+        offsets,
+        bags_per_feature,
+        first_row=[quantizer.first_row[f.table] + f.first_row for f in features],
+        num_rows=[f.num_rows for f in features],
+        table=[quantizer.table_number[f.table] for f in features],
+        pooling_mode=[int(f.mean) for f in features],  # FBGEMM's SUM is 0, MEAN 1
+        per_sample_weights=per_sample_weights,
+        side_by_side=side_by_side,
+        index=index,
+        row_offsets=row_offsets,
+    )
+    pooled: Tensor = quantizer(rows, bags, columns, gradient_factor)
     return pooled

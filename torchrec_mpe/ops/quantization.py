@@ -1,12 +1,16 @@
 """The LSQ+ fake-quantization ops of search and retraining."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-import torchrec_mpe.ops.reference.expected_quantization
-import torchrec_mpe.ops.reference.fixed_quantization  # noqa: F401  (both imports register the reference)
-from torchrec_mpe.ops.backends import implementation
+from torchrec_mpe.ops import library
+from torchrec_mpe.ops.backends import available_backends, implementation, register
+from torchrec_mpe.ops.reference import expected_quantization as reference_of_expected
+from torchrec_mpe.ops.reference import fixed_quantization as reference_of_fixed
 
 
 def expected_quantization(
@@ -46,10 +50,15 @@ def expected_quantization(
 
     Returns:
         Tensor: [N, D], dtype of ``rows``.
+
+    Raises:
+        IndexError: if a group or table number is out of range.
+        TypeError: if the floating point tensors differ in dtype.
+        ValueError: if shapes do not fit.
     """
     run = implementation("expected_quantization", backend)
     result: Tensor = run(
-        rows, probabilities, group.long(), alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
+        rows, probabilities, group, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
     )
     return result
 
@@ -77,5 +86,101 @@ def fixed_quantization(
         Tensor: [N, D], dtype of ``rows``.
     """
     run = implementation("fixed_quantization", backend)
-    result: Tensor = run(rows, candidate.long(), alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale)
+    result: Tensor = run(rows, candidate, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale)
     return result
+
+
+def _compiled(op: str, rows: Tensor, *arguments: Any) -> Tensor:
+    if rows.device.type == "cpu":
+        run: Any = getattr(torch.ops.torchrec_mpe, op)
+    else:
+        run = implementation(op, "triton" if "triton" in available_backends(op) else "reference")
+    result: Tensor = run(rows, *arguments)
+    return result
+
+
+def _fake_forward(rows: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+def _fake_gradients(
+    rows: Tensor, probabilities: Tensor | None, alpha: Tensor, beta: Tensor, zero_rows: Tensor | None, weights: int
+) -> tuple[Tensor, ...]:
+    """The six results of a backward op, empty for what the forward op has not."""
+    return (
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+        rows.new_empty((0,) if probabilities is None else probabilities.shape),
+        rows.new_empty(alpha.shape),
+        rows.new_empty(beta.shape),
+        rows.new_empty((0,) if zero_rows is None else zero_rows.shape),
+        rows.new_empty(weights),
+    )
+
+
+def _fake_expected_backward(
+    grad: Tensor,
+    rows: Tensor,
+    probabilities: Tensor,
+    group: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    zero_rows: Tensor | None,
+    table: Tensor | None,
+    candidate_bits: Sequence[int],
+    gradient_scale: Tensor,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(rows, probabilities, alpha, beta, zero_rows, 0)
+
+
+def _fake_fixed_backward(
+    grad: Tensor,
+    rows: Tensor,
+    candidate: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    zero_rows: Tensor | None,
+    table: Tensor | None,
+    candidate_bits: Sequence[int],
+    gradient_scale: Tensor,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(rows, None, alpha, beta, zero_rows, 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.candidate_bits, gradient_scale = inputs
+    ctx.save_for_backward(*tensors, gradient_scale)
+
+
+def _expected_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, gradient_scale = ctx.saved_tensors
+    of_rows, of_probabilities, of_alpha, of_beta, of_zero_rows, _ = (
+        torch.ops.torchrec_mpe.expected_quantization_backward(grad, *tensors, ctx.candidate_bits, gradient_scale)
+    )
+    zero_rows = tensors[5]
+    if zero_rows is None:
+        of_zero_rows = None
+    return of_rows, of_probabilities, None, of_alpha, of_beta, of_zero_rows, None, None, None
+
+
+def _fixed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, gradient_scale = ctx.saved_tensors
+    of_rows, _, of_alpha, of_beta, of_zero_rows, _ = torch.ops.torchrec_mpe.fixed_quantization_backward(
+        grad, *tensors, ctx.candidate_bits, gradient_scale
+    )
+    zero_rows = tensors[4]
+    if zero_rows is None:
+        of_zero_rows = None
+    return of_rows, None, of_alpha, of_beta, of_zero_rows, None, None, None
+
+
+register("expected_quantization", "reference", reference_of_expected.expected_quantization)
+register("fixed_quantization", "reference", reference_of_fixed.fixed_quantization)
+if library.is_loaded():
+    register("expected_quantization", "cpu", partial(_compiled, "expected_quantization"))
+    register("fixed_quantization", "cpu", partial(_compiled, "fixed_quantization"))
+    torch.library.register_fake("torchrec_mpe::expected_quantization", _fake_forward)
+    torch.library.register_fake("torchrec_mpe::fixed_quantization", _fake_forward)
+    torch.library.register_fake("torchrec_mpe::expected_quantization_backward", _fake_expected_backward)
+    torch.library.register_fake("torchrec_mpe::fixed_quantization_backward", _fake_fixed_backward)
+    torch.library.register_autograd("torchrec_mpe::expected_quantization", _expected_backward, setup_context=_save)
+    torch.library.register_autograd("torchrec_mpe::fixed_quantization", _fixed_backward, setup_context=_save)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +12,41 @@ from torch import Tensor, nn
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths, check_candidate_bits
 from torchrec_mpe.frequency.groups import FeatureGroups
 from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.ops import expected_quantization, fixed_quantization
+from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fixed_embedding_bag
 from torchrec_mpe.quantizer.search_config import SearchConfig
 
 _MIN_STEP_SIZE = 1e-10
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
+@dataclass(frozen=True)
+class Bags:
+    """The bags of F features and what their ids mean, as :func:`torchrec_mpe.ops.expected_embedding_bag` takes them.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+    Attributes:
+        ids (Tensor): int32 or int64 [N], feature after feature, bag after bag.
+        offsets (Tensor): int32 or int64 [bags + 1], where each bag starts, counted from ``offsets[0]``.
+        bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
+        first_row (Sequence[int]): F numbers, where the feature's rows start among those of all tables.
+        num_rows (Sequence[int]): F numbers.
+        table (Sequence[int]): F table numbers.
+        pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
+        per_sample_weights (Optional[Tensor]): [N].
+        side_by_side (bool): return [B, F * D] instead of [bags, D].
+        index (Optional[Tensor]): [N], where each id is among the distinct ids that ``ids`` then holds, [U].
+        row_offsets (Optional[Tensor]): [F + 1], where each feature's distinct ids start; with ``index``.
+    """
 
-
-def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """``value``, whose gradient is multiplied by ``factor``."""
-    if factor == 1:
-        return value
-    result: Tensor = _ScaleGradient.apply(value, factor)  # type: ignore[no-untyped-call]
-    return result
+    ids: Tensor
+    offsets: Tensor
+    bags_per_feature: Sequence[int]
+    first_row: Sequence[int]
+    num_rows: Sequence[int]
+    table: Sequence[int]
+    pooling_mode: Sequence[int]
+    per_sample_weights: Tensor | None
+    side_by_side: bool
+    index: Tensor | None = None
+    row_offsets: Tensor | None = None
 
 
 class RowQuantizer(nn.Module):
@@ -128,32 +141,23 @@ class RowQuantizer(nn.Module):
             return torch.zeros_like(self.beta.detach())
         return self.zero_rows.detach()[self.table_number[table]]
 
-    def _shared(
-        self, rows: Tensor, table: Tensor, columns: slice, gradient_factor: float
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Alpha, beta, zero rows, table numbers and gradient scale as the ops take them, in the dtype of ``rows``."""
-        alpha = scale_gradient(self.step_sizes(), gradient_factor).to(rows.dtype)
-        beta = scale_gradient(self.beta[columns], gradient_factor).to(rows.dtype)
-        scale = torch.tensor(self._gradient_scale, dtype=rows.dtype, device=rows.device)
-        if self.zero_rows is None:
-            return alpha, beta, None, None, scale
-        zero_rows = scale_gradient(self.zero_rows[:, columns], gradient_factor).to(rows.dtype)
-        return alpha, beta, zero_rows, table, scale
+    def _shared(self, dtype: torch.dtype, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Alpha, beta, zero rows and gradient scale as the ops take them."""
+        scale = torch.tensor(self._gradient_scale, dtype=dtype, device=self.alpha.device)
+        zero_rows = None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype)
+        return self.step_sizes().to(dtype), self.beta[columns].to(dtype), zero_rows, scale
 
-    def forward(
-        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
-    ) -> Tensor:
-        """Quantize looked-up rows.
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        """Quantize looked-up rows and pool them into their bags.
 
         Args:
             rows (Tensor): [N, local D] values, float32 or float64.
-            row (Tensor): int64 [N], each row's number, counted through the tables.
-            table (Tensor): int64 [N], each row's table number.
+            bags (Bags): the N ids and their bags.
             columns (slice): the columns that ``rows`` holds, all by default.
             gradient_factor (float): multiplies the gradients of this module's parameters, not those of ``rows``.
 
         Returns:
-            Tensor: [N, local D].
+            Tensor: [bags, local D], or [B, F * local D] side by side.
         """
         raise NotImplementedError
 
@@ -202,13 +206,29 @@ class SearchQuantizer(RowQuantizer):
         bits = torch.tensor(self.candidate_bits, dtype=self.gamma.dtype, device=self.gamma.device)
         return (self.probabilities() * bits).sum(1)
 
-    def forward(
-        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
-    ) -> Tensor:
-        alpha, beta, zero_rows, table_number, scale = self._shared(rows, table, columns, gradient_factor)
-        probabilities = scale_gradient(self.probabilities(), gradient_factor).to(rows.dtype)
-        return expected_quantization(
-            rows, probabilities, self.row_group[row], alpha, beta, zero_rows, table_number, self.candidate_bits, scale
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
+        return expected_embedding_bag(
+            rows,
+            bags.ids,
+            bags.offsets,
+            bags.bags_per_feature,
+            bags.first_row,
+            bags.num_rows,
+            bags.table,
+            bags.pooling_mode,
+            self.row_group,
+            self.probabilities().to(rows.dtype),
+            alpha,
+            beta,
+            zero_rows,
+            self.candidate_bits,
+            scale,
+            bags.per_sample_weights,
+            bags.index,
+            bags.row_offsets,
+            gradient_factor=gradient_factor,
+            side_by_side=bags.side_by_side,
         )
 
 
@@ -255,10 +275,26 @@ class RetrainQuantizer(RowQuantizer):
             if self.zero_rows is not None and other.zero_rows is not None:
                 self.zero_rows.copy_(other.zero_rows)
 
-    def forward(
-        self, rows: Tensor, row: Tensor, table: Tensor, columns: slice = slice(None), gradient_factor: float = 1
-    ) -> Tensor:
-        alpha, beta, zero_rows, table_number, scale = self._shared(rows, table, columns, gradient_factor)
-        return fixed_quantization(
-            rows, self.row_candidate[row], alpha, beta, zero_rows, table_number, self.candidate_bits, scale
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
+        return fixed_embedding_bag(
+            rows,
+            bags.ids,
+            bags.offsets,
+            bags.bags_per_feature,
+            bags.first_row,
+            bags.num_rows,
+            bags.table,
+            bags.pooling_mode,
+            self.row_candidate,
+            alpha,
+            beta,
+            zero_rows,
+            self.candidate_bits,
+            scale,
+            bags.per_sample_weights,
+            bags.index,
+            bags.row_offsets,
+            gradient_factor=gradient_factor,
+            side_by_side=bags.side_by_side,
         )

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops.backends import register
-
 
 def code_range(bits: int) -> tuple[int, int]:
     """The smallest and largest signed code of a bit-width, ``-2**(b-1)`` and ``2**(b-1) - 1``."""
@@ -93,9 +91,6 @@ def expected_quantization(
 ) -> Tensor:
     """See :func:`torchrec_mpe.ops.expected_quantization`."""
     result: Tensor = _ExpectedQuantization.apply(  # type: ignore[no-untyped-call]
-        rows, probabilities, group, alpha, beta, zero_rows, table, candidate_bits, gradient_scale
+        rows, probabilities, group.long(), alpha, beta, zero_rows, table, candidate_bits, gradient_scale
     )
     return result
-
-
-register("expected_quantization", "reference", expected_quantization)

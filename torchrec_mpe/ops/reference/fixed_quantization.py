@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops.backends import register
 from torchrec_mpe.ops.reference.expected_quantization import code_range
 
 
@@ -65,9 +64,6 @@ def fixed_quantization(
 ) -> Tensor:
     """See :func:`torchrec_mpe.ops.fixed_quantization`."""
     result: Tensor = _FixedQuantization.apply(  # type: ignore[no-untyped-call]
-        rows, candidate, alpha, beta, zero_rows, table, candidate_bits, gradient_scale
+        rows, candidate.long(), alpha, beta, zero_rows, table, candidate_bits, gradient_scale
     )
     return result
-
-
-register("fixed_quantization", "reference", fixed_quantization)

@@ -1,0 +1,183 @@
+"""What a search step and a retrain step cost beside the plain fp32 step of the same sharded model.
+
+    python benchmarks/train_step.py             # DLRM, D=16, 26 tables of 100,000 rows, batch 2048; 2 minutes
+    python benchmarks/train_step.py --quick     # fewer repetitions; ends within a minute
+
+One rank, one thread. The plain step is TorchRec's own: pooled lookup in FBGEMM's fused TBE (row-wise Adagrad), DLRM
+with the layers of TorchRec's example (512-256-D and 512-512-256-1), Adam for the dense network. Search and retrain
+steps are the same with their quantizers, search with its penalty. A step is forward, loss, backward and optimizer.
+
+Ids are drawn per table with probability proportional to log(1 + 1/i), close to Zipf's law, or uniformly; ten or one a
+bag. Each is measured for the whole step and for the embeddings alone (the loss is a function of their weighted sum),
+where nothing hides what quantization costs. Batches rotate.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from measure import interleave, medians, ratio, versions, write_json
+from torch import Tensor, nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingType
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import torchrec_mpe as mpe
+from torchrec_mpe.text_table import text_table
+
+GOAL = 1.5
+DENSE_FEATURES = 13
+BATCHES = 4
+
+
+class EmbeddingsAlone(nn.Module):
+    """A weighted sum of the pooled embeddings, as a stand-in for a model."""
+
+    def __init__(self, collection: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embedding_bag_collection = collection
+        self.register_buffer("factors", torch.randn(width, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
+        return (self.embedding_bag_collection(features).values() @ self.factors).unsqueeze(1)
+
+
+def tables(options: argparse.Namespace) -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(
+            name=f"t{t}", num_embeddings=options.rows, embedding_dim=options.dim, feature_names=[f"f{t}"]
+        )
+        for t in range(options.tables)
+    ]
+
+
+def draw(options: argparse.Namespace, shape: tuple[int, ...], ids: str, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if ids == "uniform":
+        return (uniform * options.rows).long()
+    return (torch.exp(uniform * math.log(options.rows + 1)) - 1).long().clamp(0, options.rows - 1)
+
+
+def batches(options: argparse.Namespace, ids: str, length: int) -> list[tuple[Tensor, KeyedJaggedTensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(BATCHES):
+        values = draw(options, (options.tables * options.batch * length,), ids, generator)
+        lengths = torch.full((options.tables * options.batch,), length)
+        features = KeyedJaggedTensor([f"f{t}" for t in range(options.tables)], values, lengths=lengths)
+        dense = torch.rand(options.batch, DENSE_FEATURES, generator=generator)
+        made.append((dense, features, (torch.rand(options.batch, generator=generator) < 0.3).float()))
+    return made
+
+
+def build(options: argparse.Namespace, phase: str, alone: bool) -> DistributedModelParallel:
+    configs = tables(options)
+    collection = mpe.MPEEmbeddingBagCollection(configs, device=torch.device("meta"))
+    model: nn.Module
+    if alone:
+        model = EmbeddingsAlone(collection, options.tables * options.dim)
+    else:
+        model = DLRM(collection, DENSE_FEATURES, [512, 256, options.dim], [512, 512, 256, 1])
+    counts = {c.name: 1_000_000 // torch.arange(1, c.num_embeddings + 1) for c in configs}
+    if phase == "search":
+        mpe.prepare_search_(model, counts, mpe.SearchConfig())
+    elif phase == "retrain":
+        mpe.prepare_retrain_(model, mpe.precision_from_frequencies(counts, configs, ratio=20))
+    sharders = mpe.sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02})
+    constraint = ParameterConstraints(
+        sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu"), constraints={c.name: constraint for c in configs}
+    )
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def step_of(model: DistributedModelParallel, phase: str, data: list[Any]) -> Callable[[], None]:
+    """A training step over the next of the batches."""
+    # What is left besides the rows, which their TBE updates.
+    parameters = [p for name, p in model.named_parameters() if "embedding_bags" not in name]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3) if parameters else None
+    turn: Iterator[Any] = itertools.cycle(data)
+
+    def step() -> None:
+        dense, features, labels = next(turn)
+        logits = model(dense, features)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(1), labels)
+        if phase == "search":
+            loss = loss + mpe.bit_penalty(model)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="ends within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--tables", type=int, default=26)
+    parser.add_argument("--rows", type=int, default=100_000, help="of each table")
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2048)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("RANK", "0")
+    rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+
+    print(", ".join(f"{name} {value}" for name, value in versions().items()))
+    lines = [["step", "ids", "ids a bag", "fp32 ms", "search ms", "ratio", "retrain ms", "ratio", "goal"]]
+    cases: list[dict[str, Any]] = []
+    for alone in (False, True):
+        models = {phase: build(options, phase, alone) for phase in ("plain", "search", "retrain")}
+        for ids, length in (("zipf", 10), ("uniform", 10), ("zipf", 1)):
+            data = batches(options, ids, length)
+            steps = {phase: step_of(model, phase, data) for phase, model in models.items()}
+            times = interleave(steps, seconds=3 if options.quick else 15, min_rounds=4 if options.quick else 10)
+            middle = medians(times)
+            ratios = {phase: ratio(times, phase, "plain") for phase in ("search", "retrain")}
+            what = "embeddings alone" if alone else "whole"
+            goal = None if alone else GOAL
+            lines.append(
+                [what, ids, str(length), f"{middle['plain'] * 1e3:.1f}"]
+                + [x for p in ratios for x in (f"{middle[p] * 1e3:.1f}", f"{ratios[p]:.2f}")]
+                + ["-" if goal is None else f"<= {goal}"]
+            )
+            for phase, bits in (("search", "0 to 6"), ("retrain", "mixed")):
+                cases.append(
+                    {
+                        "case": f"{what} {phase} step, {ids} ids, {length} a bag",
+                        "dim": options.dim,
+                        "bits": bits,
+                        "rival": "plain fp32 step",
+                        "ratio": ratios[phase],
+                        "goal": goal,
+                        "seconds": middle[phase],
+                        "rival_seconds": middle["plain"],
+                    }
+                )
+    print(text_table(lines))
+    if options.json:
+        write_json(options.json, cases)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Quantized and pooled bags on every backend against bags put together one by one from autograd's operations."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.every_backend import CPU, FAST, on
+from tests.ops.test_quantization import lsq
+from torchrec_mpe.ops.quantized_embedding_bag import (
+    expected_embedding_bag,
+    fixed_embedding_bag,
+    row_numbers,
+    unique_ids,
+)
+
+SUM, MEAN = 0, 1
+NUM_ROWS = (5, 9, 5)  # of the tables, of which the features look up 0, 1, 2 and 1
+TABLES = (0, 1, 2, 1)
+FIRST_ROWS = (0, 5, 14)
+
+
+@dataclass(frozen=True)
+class Case:
+    search: bool = True
+    bits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
+    dim: int = 5
+    bags: tuple[int, ...] = (3, 3, 3, 3)
+    pooling: tuple[int, ...] = (SUM, MEAN, SUM, MEAN)
+    weighted: bool = False
+    zero: bool = True
+    indexed: bool = False
+    side_by_side: bool = False
+    factor: float = 1.0
+    max_length: int = 4
+    id_type: torch.dtype = torch.int64
+    seed: int = 0
+
+
+@dataclass
+class Example:
+    leaves: dict[str, Tensor | None]
+    ids: list[list[list[int]]] = field(default_factory=list)  # by feature and bag
+    line_of_row: Tensor = field(default_factory=lambda: torch.empty(0))
+    scale: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def example(case: Case) -> Example:
+    g = torch.Generator().manual_seed(case.seed)
+    make = {"generator": g, "dtype": torch.float64}
+    ids: list[list[list[int]]] = []
+    for feature, bags in enumerate(case.bags):
+        lengths = torch.randint(case.max_length + 1, (bags,), generator=g).tolist()
+        # A few ids are no rows of the table: FBGEMM reads row 0 for them.
+        ids.append([torch.randint(-1, NUM_ROWS[TABLES[feature]] + 1, (n,), generator=g).tolist() for n in lengths])
+    count = sum(len(bag) for bags in ids for bag in bags)
+    leaves: dict[str, Tensor | None] = {
+        "table_rows": torch.randn(sum(NUM_ROWS), case.dim, **make) * 3,
+        "probabilities": torch.softmax(torch.randn(4, len(case.bits), **make), 1) if case.search else None,
+        "alpha": torch.rand(len(case.bits), **make) * 0.5 + 0.05,
+        "beta": torch.randn(case.dim, **make) * 0.1,
+        "zero_rows": torch.randn(len(NUM_ROWS), case.dim, **make) if case.zero else None,
+        "weights": torch.rand(count, **make) + 0.5 if case.weighted else None,
+    }
+    for leaf in leaves.values():
+        if leaf is not None:
+            leaf.requires_grad_()
+    limit = 4 if case.search else len(case.bits)
+    lines = torch.randint(limit, (sum(NUM_ROWS),), generator=g).to(torch.int16 if case.search else torch.uint8)
+    return Example(leaves, ids, lines, torch.rand(len(case.bits), **make))
+
+
+def row_of(feature: int, id_: int) -> int:
+    table = TABLES[feature]
+    return FIRST_ROWS[table] + (id_ if 0 <= id_ < NUM_ROWS[table] else 0)
+
+
+def run(case: Case, e: Example) -> Tensor:
+    flat = [i for bags in e.ids for bag in bags for i in bag]
+    ids = torch.tensor(flat, dtype=case.id_type)
+    lengths = torch.tensor([len(bag) for bags in e.ids for bag in bags], dtype=case.id_type)
+    # Offsets that start elsewhere, as those of a slice of features do.
+    offsets = torch.cat([torch.tensor([0]), lengths.cumsum(0)]).to(case.id_type) + 7
+    num_rows = [NUM_ROWS[t] for t in TABLES]
+    first_rows = [FIRST_ROWS[t] for t in TABLES]
+    index = row_offsets = None
+    number = torch.tensor([row_of(f, i) for f, bags in enumerate(e.ids) for bag in bags for i in bag]).long()
+    if case.indexed:
+        ids, index, row_offsets = unique_ids(ids, offsets, case.bags, num_rows)
+        number = row_numbers(ids, row_offsets, [1] * len(TABLES), first_rows, num_rows).long()
+    leaves = e.leaves
+    rows = leaves["table_rows"][number]
+    where = rows, ids, offsets, case.bags, first_rows, num_rows, TABLES, case.pooling, e.line_of_row
+    quantizer = leaves["alpha"], leaves["beta"], leaves["zero_rows"], case.bits, e.scale
+    options: dict[str, Any] = {"gradient_factor": case.factor, "side_by_side": case.side_by_side}
+    if case.search:
+        return expected_embedding_bag(
+            *where, leaves["probabilities"], *quantizer, leaves["weights"], index, row_offsets, **options
+        )
+    return fixed_embedding_bag(*where, *quantizer, leaves["weights"], index, row_offsets, **options)
+
+
+def bag_by_bag(case: Case, e: Example) -> Tensor:
+    leaves = e.leaves
+    pooled, n = [], 0
+    for f, bags in enumerate(e.ids):
+        for bag in bags:
+            total = torch.zeros(case.dim, dtype=torch.float64)
+            for i in bag:
+                row = row_of(f, i)
+                line = int(e.line_of_row[row])
+                value = torch.zeros(case.dim, dtype=torch.float64)
+                for k, b in enumerate(case.bits):
+                    p = leaves["probabilities"][line, k] if case.search else float(line == k)
+                    if b > 0:
+                        q = lsq(leaves["table_rows"][row], b, leaves["alpha"][k], leaves["beta"], float(e.scale[k]))
+                        value = value + p * q
+                    elif case.zero:
+                        value = value + p * leaves["zero_rows"][TABLES[f]]
+                total = total + (leaves["weights"][n] * value if case.weighted else value)
+                n += 1
+            pooled.append(total / max(1, len(bag)) if case.pooling[f] == MEAN else total)
+    stacked = torch.stack(pooled) if pooled else torch.zeros(0, case.dim, dtype=torch.float64)
+    if case.side_by_side:
+        stacked = torch.cat(stacked.split(list(case.bags)), dim=1)
+    return stacked
+
+
+def check(case: Case) -> None:
+    e = example(case)
+    ours, theirs = run(case, e), bag_by_bag(case, e)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9), dtype=ours.dtype)
+    leaves = {name: leaf for name, leaf in e.leaves.items() if leaf is not None}
+    got = torch.autograd.grad(ours, list(leaves.values()), upstream, allow_unused=True)
+    if not theirs.requires_grad:
+        assert all(g is None or not bool(g.any()) for g in got)
+        return
+    want = torch.autograd.grad(theirs, list(leaves.values()), upstream, allow_unused=True)
+    for name, a, b in zip(leaves, got, want, strict=True):
+        b = torch.zeros_like(leaves[name]) if b is None else b
+        factor = 1 if name in ("table_rows", "weights") else case.factor
+        a = torch.zeros_like(leaves[name]) if a is None else a
+        torch.testing.assert_close(a, b * factor, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+
+@pytest.fixture(params=FAST, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on(request.param):
+        yield request.param
+
+
+CASES = [
+    Case(),
+    Case(weighted=True, factor=3.0),
+    Case(zero=False, side_by_side=True),
+    Case(dim=16, id_type=torch.int32),
+    Case(dim=19, bits=(0, 1, 2, 3, 4, 5, 6, 7, 8), weighted=True),
+    Case(dim=8, bits=(3,), pooling=(MEAN,) * 4),
+    Case(bits=(0,)),
+    Case(bags=(2, 0, 3, 1)),
+    Case(bags=(0, 0, 0, 0)),
+    Case(max_length=0),
+    Case(max_length=1, bags=(1, 1, 1, 1), side_by_side=True),
+]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: str(CASES.index(c)))
+def test_equals_bags_put_together_one_by_one(case: Case, search: bool, indexed: bool) -> None:
+    check(replace(case, search=search, indexed=indexed))
+
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_any_case() -> None:
+    @settings(max_examples=30, deadline=None)
+    @given(
+        st.builds(
+            Case,
+            search=st.booleans(),
+            bits=st.sets(st.integers(0, 8), min_size=1, max_size=4).map(lambda b: tuple(sorted(b))),
+            dim=st.integers(1, 18),
+            bags=st.tuples(*[st.integers(0, 3)] * 4),
+            pooling=st.tuples(*[st.sampled_from([SUM, MEAN])] * 4),
+            weighted=st.booleans(),
+            zero=st.booleans(),
+            indexed=st.booleans(),
+            factor=st.sampled_from([1.0, 2.0]),
+            max_length=st.integers(0, 4),
+            seed=st.integers(0, 2**16),
+        )
+    )
+    def every_backend(case: Case) -> None:
+        for name in FAST:
+            with on(name):
+                check(case)
+
+    every_backend()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("search", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(search: bool, indexed: bool) -> None:
+    """More rows than a chunk has, by far."""
+    case = Case(search=search, indexed=indexed, bags=(900,) * 4, max_length=12, weighted=True, dim=7)
+    e = example(case)
+
+    def everything() -> list[Tensor]:
+        pooled = run(case, e)
+        leaves = [leaf for leaf in e.leaves.values() if leaf is not None]
+        return [pooled, *torch.autograd.grad(pooled, leaves, torch.ones_like(pooled))]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(2)
+        together = everything()
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unique_ids_by_hand() -> None:
+    ids = torch.tensor([5, 3, 5, 99, -1, 7, 7, 0])
+    distinct, index, row_offsets = unique_ids(ids, torch.tensor([2, 4, 6, 7, 10]), [2, 2], [10, 9])
+    # 99 and -1 are no rows and count as 0.
+    assert distinct.tolist() == [5, 3, 0, 0, 7]
+    assert index.tolist() == [0, 1, 0, 2, 3, 4, 4, 3]
+    assert index.dtype == torch.int32 and distinct.dtype == ids.dtype
+    assert row_offsets.tolist() == [0, 3, 5]
+
+
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_unique_ids_of_many(id_type: torch.dtype) -> None:
+    """Ids that are far apart and many collisions."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.cat([torch.randint(2**31 - 1, (400,), generator=g), torch.arange(0, 2**31 - 1, 2**22)])
+    ids = torch.cat([ids, ids.flip(0), torch.randint(10, (400,), generator=g)]).to(id_type)
+    first = len(ids) - 400
+    distinct, index, row_offsets = unique_ids(ids, torch.tensor([0, first, len(ids)]), [1, 1], [2**31 - 1, 10])
+    assert torch.equal(distinct[index.long()], ids)
+    for f, part in enumerate((ids[:first], ids[first:])):
+        mine = distinct[row_offsets[f] : row_offsets[f + 1]]
+        assert sorted(mine.tolist()) == sorted(set(part.tolist()))
+
+
+def test_row_numbers_by_hand() -> None:
+    ids = torch.tensor([1, 4, -1, 2], dtype=torch.int32)
+    rows = row_numbers(ids, torch.tensor([0, 1, 2, 4]), [2, 1], [100, 50], [4, 3])
+    assert rows.tolist() == [101, 100, 50, 52]
+    assert rows.dtype == torch.int32
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("search", [True, False])
+def test_ops_are_registered_as_torch_wants(search: bool) -> None:
+    ids = torch.tensor([0, 1, 4, 4, 2])
+    offsets = torch.tensor([0, 2, 2, 4, 5])
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 3, generator=g, requires_grad=True)
+    p = torch.softmax(torch.randn(2, 2, generator=g), 1).requires_grad_()
+    alpha, beta = torch.tensor([1.0, 0.5], requires_grad=True), torch.zeros(3, requires_grad=True)
+    zero_rows, weights = torch.randn(2, 3, generator=g, requires_grad=True), torch.rand(5, requires_grad=True)
+    lines = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 1], dtype=torch.uint8)
+    where = ids, offsets, [2, 2], [0, 4], [4, 5], [0, 1], [SUM, MEAN], True, lines
+    quantizer = alpha, beta, zero_rows, (0, 3), torch.ones(2), weights, 2.0
+    name = "expected_embedding_bag" if search else "fixed_embedding_bag"
+    args = (rows, *where, *((p,) if search else ()), *quantizer)
+    op, backward = getattr(torch.ops.torchrec_mpe, name), getattr(torch.ops.torchrec_mpe, f"{name}_backward")
+    torch.library.opcheck(op.default, (*args, None, None))
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    torch.library.opcheck(backward.default, (torch.ones(2, 6), *plain, None, None, True))
+    distinct, index, row_offsets = unique_ids(ids, offsets, [2, 2], [4, 5])
+    indexed = (rows[: len(distinct)].detach(), distinct, *plain[2:], index, row_offsets)
+    torch.library.opcheck(op.default, indexed)
+    torch.library.opcheck(torch.ops.torchrec_mpe.row_numbers.default, (ids, offsets, [2, 2], [0, 4], [4, 5]))
+    utils = ("test_schema", "test_faketensor")  # the number of distinct ids depends on the data
+    torch.library.opcheck(torch.ops.torchrec_mpe.unique_ids.default, (ids, offsets, [2, 2], [4, 5]), test_utils=utils)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+def test_compiles_into_one_graph() -> None:
+    case = Case(weighted=True)
+    e = example(case)
+    n = sum(len(bag) for bags in e.ids for bag in bags)
+    ids = torch.tensor([i for bags in e.ids for bag in bags for i in bag])
+    offsets = torch.tensor([0, *(len(bag) for bags in e.ids for bag in bags)]).cumsum(0)
+    rows = torch.randn(n, case.dim, dtype=torch.float64, requires_grad=True)
+
+    def pooled(rows: Tensor) -> Tensor:
+        return 2 * expected_embedding_bag(
+            *(rows, ids, offsets, case.bags, [0, 5, 14, 5], [5, 9, 5, 9], TABLES, case.pooling, e.line_of_row),
+            *(e.leaves["probabilities"], e.leaves["alpha"], e.leaves["beta"], e.leaves["zero_rows"]),
+            *(case.bits, e.scale, e.leaves["weights"]),
+        )
+
+    eager = torch.autograd.grad(pooled(rows).square().sum(), rows)[0]
+    compiled = torch.compile(pooled, fullgraph=True, backend="aot_eager")(rows)
+    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), rows)[0], eager)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"offsets": torch.tensor([0, 2, 1])}, ValueError, "offsets decrease at bag 1"),
+        ({"offsets": torch.tensor([0, 1, 2])}, ValueError, "offsets span 2 of 3 ids"),
+        ({"offsets": torch.tensor([0, 3])}, ValueError, r"offsets must be \[3\]"),
+        ({"num_rows": [5]}, IndexError, "feature 0 has rows 0 to 5, of 4"),
+        ({"table": [2]}, IndexError, "feature 0 is of table 2, of 1"),
+        ({"lines": torch.full((4,), 9)}, IndexError, "9 is not in 0 to 1"),
+        ({"num_rows": [0]}, IndexError, "feature 0 looks up ids in a table of no rows"),
+        ({"index": torch.tensor([0, 1, 5]), "row_offsets": torch.tensor([0, 3])}, IndexError, "index of id 2 is 5"),
+        ({"index": torch.tensor([0, 1, 2])}, ValueError, "an index needs row_offsets"),
+    ],
+)
+def test_wrong_input_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given_: dict[str, Any] = {
+        "rows": torch.zeros(3, 2),
+        "ids": torch.tensor([0, 1, 2]),
+        "offsets": torch.tensor([0, 1, 3]),
+        "bags": [2],
+        "first_row": [0],
+        "num_rows": [4],
+        "table": [0],
+        "pooling": [SUM],
+        "lines": torch.zeros(4, dtype=torch.int16),
+        "index": None,
+        "row_offsets": None,
+        **change,
+    }
+    *where, index, row_offsets = given_.values()
+    quantizer = torch.full((2, 2), 0.5), torch.ones(2), torch.zeros(2), torch.zeros(1, 2), (0, 2), torch.ones(2)
+    with pytest.raises(error, match=message):
+        expected_embedding_bag(*where, *quantizer, None, index, row_offsets)
