@@ -8,7 +8,11 @@ TORCH_PIP_ARGS ?=
 # Extra arguments for the benchmarks of `make bench`, such as --quick.
 BENCH_ARGS ?=
 
-.PHONY: setup demo test bench lint format clean
+# How long and from which seed `make test-cpp` feeds random inputs to the C++ lookup.
+FUZZ_SECONDS ?= 30
+FUZZ_SEED ?= 1
+
+.PHONY: setup demo test test-cpp bench lint format clean
 
 KERNELS := $(wildcard torchrec_mpe/kernels/cpu/*)
 
@@ -31,8 +35,36 @@ demo: setup
 	@rm -rf demo-output
 	$(BIN)/torchrec-mpe demo --out demo-output
 
-test: setup
+test: setup test-cpp
 	$(BIN)/python -m pytest
+
+# C++ tests of the CPU kernels under AddressSanitizer. They need a C++ compiler and nothing else.
+CPP_TESTS := build/cpp-tests
+CPP_TEST_FLAGS := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+CPP_TEST_KERNELS := cpu_capability $(foreach kernel,packed_embedding_bag quantize_and_pack, \
+	$(kernel) $(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
+CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/,lookup_test pack_test lookup_fuzz)
+
+test-cpp:
+	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS)
+	$(CPP_TESTS)/pack_test
+	$(CPP_TESTS)/lookup_test
+	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus tests/kernels/cpu/corpus \
+		--last $(CPP_TESTS)/lookup_fuzz_input
+
+$(CPP_TESTS)/lookup_fuzz: $(CPP_TESTS)/lookup_fuzz_driver.o
+$(CPP_TEST_PROGRAMS): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS)/%.o)
+	$(CXX) $(CPP_TEST_FLAGS) $^ -o $@
+
+$(CPP_TESTS)/%.o: torchrec_mpe/kernels/cpu/%.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -MMD -MP -c $< -o $@
+
+$(CPP_TESTS)/%.o: tests/kernels/cpu/%.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -Wall -Wextra -Itorchrec_mpe/kernels/cpu -MMD -MP -c $< -o $@
+
+-include $(wildcard $(CPP_TESTS)/*.d)
 
 # Prints what was measured and, unless the run is a quick one, records it in benchmarks/results.
 bench_json = $(if $(filter --quick,$(BENCH_ARGS)),,--json benchmarks/results/$(1).json)

@@ -17,7 +17,8 @@ def torch_extension() -> dict[str, object]:
 
     An isolated build has no torch of its own, and must not get another one than the operators will run with.
     """
-    if os.environ.get("TORCHREC_MPE_NO_KERNELS") == "1":
+    builds = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+    if os.environ.get("TORCHREC_MPE_NO_KERNELS") == "1" or not builds & set(sys.argv):
         return {}
     try:
         import torch  # noqa: F401

@@ -18,7 +18,7 @@ WORKS: dict[str, Any] = {
     "lookup": {"facts": {}},
     "GPU lookup": {"facts": {"skipped": "torch sees no GPU"}},
     "torchrec": {"facts": {"version": "1.8.0"}},
-    "backends": {"facts": {"available": ["reference"]}},
+    "backends": {"facts": {"available": ["reference", "cpu"], "problem": None, "capability": "avx2"}},
 }
 
 
@@ -49,7 +49,7 @@ def test_good_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and found["ok"] and found["problems"] == []
     assert found["sections"]["Versions"]["mix"].startswith("fits: the tests were run")
     assert any("pip check" in note for note in found["notes"])
-    assert "backend triton" in text and "not part of this version" in text
+    assert "available (C++ operators, avx2)" in text and "not available (Triton kernels)" in text
 
 
 def test_mix_that_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_misuse(backend: str) -> None:
 def test_a_damaged_directory_is_refused_without_reading_outside(backend: str) -> None:
     packed, dense = random_tables(2, [64], [Directory.NIBBLE])
     packed.directory[:4] = 255
-    with pytest.raises(ValueError, match="table 0: its directory or runs lead outside the weights"):
+    with pytest.raises(ValueError, match="table 0, feature 0: the table's directory or runs lead outside its rows"):
         ids = torch.arange(min(100, len(dense[0])))
         on_backend(backend, packed, [0], ids, torch.tensor([0, len(ids)]))
 
@@ -301,3 +301,37 @@ def test_without_the_library_the_reference_warns_once() -> None:
     hide = "exists = pathlib.Path.exists\npathlib.Path.exists = lambda path: path.suffix != '.so' and exists(path)\n"
     hidden = f"import pathlib\n{hide}{script}"
     subprocess.run([sys.executable, "-c", hidden], check=True, timeout=120)
+
+
+def test_what_the_dispatcher_calls_on_cuda() -> None:
+    """It leaves out trailing arguments that have their defaults."""
+    from torchrec_mpe.ops.packed_embedding_bag import _cuda, _cuda_out
+
+    arguments = _arguments(weighted=True)
+    with on("reference"):
+        expected = packed_embedding_bag(*arguments)  # type: ignore[arg-type]
+        half = packed_embedding_bag(*arguments[:-1], torch.float16)  # type: ignore[arg-type]
+    torch.testing.assert_close(_cuda(*arguments[:-1]), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(_cuda(*arguments[:-1], torch.float16, 1), half, rtol=1e-2, atol=1e-2)
+    out = torch.empty_like(expected)
+    _cuda_out(*arguments[:-1], out=out)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_float64_and_gradients() -> None:
+    *arguments, weights, _ = _arguments(weighted=True)
+    assert isinstance(weights, Tensor)
+    exact = packed_embedding_bag(*arguments, weights, torch.float64)  # type: ignore[arg-type]
+    assert exact.dtype == torch.float64
+    with pytest.raises(TypeError, match="output_dtype must be float32, float16 or bfloat16"):
+        packed_embedding_bag(*arguments, weights, torch.float64, backend="cpu")  # type: ignore[arg-type]
+    assert not packed_embedding_bag(*arguments, weights.requires_grad_()).requires_grad  # type: ignore[arg-type]
+
+
+def test_compiling_heeds_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(packed_embedding_bag, backend="eager")
+    arguments = _arguments()
+    with on("reference"):
+        explanation = torch._dynamo.explain(packed_embedding_bag)(*arguments)
+    assert "torchrec_mpe.packed_embedding_bag" not in str([graph.code for graph in explanation.graphs])
+    torch.testing.assert_close(compiled(*arguments), packed_embedding_bag(*arguments), rtol=0, atol=0)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from torchrec_mpe.versions import (
 PROBE_SECONDS = 180
 _LEAST_TEMPORARY_BYTES = 1 << 30
 _CPU_FEATURES = {"avx2": "AVX2", "fma": "FMA", "avx512f": "AVX512F", "avx512vbmi": "VBMI"}
-_BACKENDS = {"reference": "plain torch", "cpu": "C++ extension", "triton": "Triton kernels"}
+_BACKENDS = {"reference": "plain torch", "cpu": "C++ operators", "triton": "Triton kernels"}
 
 
 @dataclass
@@ -218,7 +218,13 @@ def _probe_torchrec(_: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probe_backends(_: Mapping[str, Any]) -> dict[str, Any]:
-    from torchrec_mpe.ops import available_backends
+    from importlib.util import find_spec
+
+    from torchrec_mpe.ops import available_backends, library
+
+    available = [name for name in available_backends() if name != "triton" or find_spec("triton") is not None]
+    capability = library.cpu_capability() if library.is_loaded() else None
+    return {"available": available, "problem": library.problem(), "capability": capability}
 
     return {"available": available_backends()}
 
@@ -351,11 +357,15 @@ def _operators(found: Findings, installed: Mapping[str, str], steps: Mapping[str
             found.add("Operators", title, "does not work")
             found.problems.append(explain(title, step, installed))
             broken_fbgemm = name in ("fbgemm", "lookup")
-    available = steps.get("backends", {}).get("facts", {}).get("available")
-    if available is not None:
+    backends = steps.get("backends", {}).get("facts")
+    if backends is not None:
         for backend, text in _BACKENDS.items():
-            why = "available" if backend in available else "not part of this version"
-            found.add("Operators", f"backend {backend}", f"{why} ({text})")
+            detail = f"{text}, {backends['capability']}" if backend == "cpu" and backends["capability"] else text
+            why = "available" if backend in backends["available"] else "not available"
+            found.add("Operators", f"backend {backend}", f"{why} ({detail})")
+        if backends["problem"]:
+            message, _, remedy = backends["problem"].partition(": ")
+            found.problems.append((f"lookups and training steps are slow, for {message}", remedy))
     gloo = steps.get("torch", {}).get("facts", {}).get("gloo")
     if gloo is not None:
         found.add("Operators", "gloo", "available" if gloo else "not available")

@@ -12,6 +12,7 @@ from torchrec_mpe.ops import library
 BACKENDS = ("reference", "cpu", "triton")
 
 _chosen: ContextVar[str | None] = ContextVar("torchrec_mpe_backend", default=None)
+_chosen_for_compile: str | None = None  # torch.compile sees plain globals only: the last choice of any thread
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -40,11 +41,19 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in available_backends():
         raise ValueError(f"no backend {name}; available: {', '.join(available_backends())}")
-    token = _chosen.set(name)
+    global _chosen_for_compile
+    token, before = _chosen.set(name), _chosen_for_compile
+    _chosen_for_compile = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_for_compile = before
+
+
+def chosen_backend() -> str | None:
+    """The backend of the innermost :func:`use_backend`, if any."""
+    return _chosen_for_compile if torch.compiler.is_compiling() else _chosen.get()
 
 
 def implementation(op: str, backend: str | None = None) -> Callable[..., Any]:
@@ -57,8 +66,7 @@ def implementation(op: str, backend: str | None = None) -> Callable[..., Any]:
         ValueError: if the asked-for backend does not implement the op.
     """
     table = _implementations[op]
-    if backend is None and not torch.compiler.is_compiling():
-        backend = _chosen.get()
+    backend = backend or chosen_backend()
     if backend is None:
         if library.is_loaded():
             return table["cpu"]  # torch.ops, which also dispatches CUDA tensors

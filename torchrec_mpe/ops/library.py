@@ -12,7 +12,7 @@ import torchrec_mpe
 LIBRARY = Path(torchrec_mpe.__file__).parent / "kernels" / "libtorchrec_mpe.so"
 """Loaded with ``torch.ops.load_library``, or ``dlopen`` in a C++ process: it registers ``torch.ops.torchrec_mpe``."""
 
-_BUILD = "build it with `pip install --no-build-isolation -e .` in a checkout, which takes a C++17 compiler"
+_BUILD = "build it with `pip install --no-build-isolation -e .` in a checkout, which takes g++ or clang++"
 
 
 def _load() -> str | None:

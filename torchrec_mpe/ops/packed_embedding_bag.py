@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torchrec_mpe.ops.reference.packed_embedding_bag  # noqa: F401  (registers the reference)
 from torchrec_mpe.ops import library
-from torchrec_mpe.ops.backends import implementation, register
+from torchrec_mpe.ops.backends import chosen_backend, implementation, register
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.ops.reference import packed_embedding_bag as reference
 from torchrec_mpe.ops.triton_backend import packed_embedding_bag as triton_packed_embedding_bag
 
 
@@ -60,8 +60,9 @@ def packed_embedding_bag(
         indices (Tensor): int32 or int64 [N], row ids, feature by feature, bag by bag.
         offsets (Tensor): int32 or int64 [F * B + 1], where each bag starts in ``indices``.
         per_sample_weights (Optional[Tensor]): floating point [N].
-        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; float64, computed in float64,
-            on the reference only.
+        output_dtype (torch.dtype): float32, float16 or bfloat16, computed in float32; or float64, computed in float64,
+            which the C++ kernels of backend "cpu" do not have: without a choice of backend, CPU tensors go to the
+            reference.
         bounds_check_mode (int): a :class:`BoundsCheckMode`.
         bounds_check_warning (Optional[Tensor]): int64 [1], to which mode WARNING adds the number of bad ids.
         out (Optional[Tensor]): [B, total_D] of ``output_dtype``, contiguous, to write the result to.
@@ -74,8 +75,11 @@ def packed_embedding_bag(
     Raises:
         IndexError: in mode FATAL, naming table and feature, if an id is not a row of its table; no such id is read.
         TypeError: if ids, offsets, weights or the output have a dtype that is not supported.
-        ValueError: if offsets decrease or do not span the ids, shapes do not fit, or MEAN is weighted.
+        ValueError: if offsets decrease or do not span the ids, shapes do not fit, MEAN is weighted, or a table's
+            directory leads outside its rows.
     """
+    if backend is None and output_dtype == torch.float64 and weights.device.type == "cpu":
+        backend = chosen_backend() or "reference"
     run = implementation("packed_embedding_bag", backend)
     try:
         result: Tensor = run(
@@ -99,30 +103,28 @@ def packed_embedding_bag(
             pooling_mode,
             indices,
             offsets,
-            per_sample_weights,
+            None if per_sample_weights is None else per_sample_weights.detach(),
             output_dtype,
             bounds_check_mode,
             bounds_check_warning,
             out,
         )
-    except IndexError as error:
+    except (IndexError, ValueError) as error:
         if feature_labels is None:
             raise
         raise _labelled(error, feature_labels) from None
     return result
 
 
-def _labelled(error: IndexError, labels: Sequence[str]) -> IndexError:
+def _labelled(error: IndexError | ValueError, labels: Sequence[str]) -> IndexError | ValueError:
     """The error with the feature's label in place of its number."""
     found = re.match(r"table \d+, feature (\d+): (.*)", str(error).splitlines()[0])
-    return IndexError(f"{labels[int(found[1])]}: {found[2]}") if found else error
+    return type(error)(f"{labels[int(found[1])]}: {found[2]}") if found else error
 
 
 def _compiled(weights: Tensor, *arguments: Any) -> Tensor:
-    """The compiled op, which tensors on CUDA go through to Triton; float64 results come from the reference."""
+    """The compiled op, through which tensors on CUDA come to Triton."""
     *rest, output_dtype, mode, warning, out = arguments
-    if output_dtype == torch.float64:
-        return reference.packed_embedding_bag(weights, *arguments)
     if out is None:
         result: Tensor = torch.ops.torchrec_mpe.packed_embedding_bag(weights, *rest, output_dtype, mode, warning)
         return result
@@ -143,12 +145,13 @@ def _fake_out(*arguments: Any, out: Tensor) -> None:
 
 
 def _cuda(*arguments: Any) -> Tensor:
-    result: Tensor = triton_packed_embedding_bag(*arguments, None)
+    # The dispatcher leaves out trailing arguments that have their defaults.
+    result: Tensor = triton_packed_embedding_bag(*arguments)
     return result
 
 
 def _cuda_out(*arguments: Any, out: Tensor) -> None:
-    triton_packed_embedding_bag(*arguments, out)
+    triton_packed_embedding_bag(*arguments, out=out)
 
 
 if library.is_loaded():

@@ -63,29 +63,28 @@ template <int G>
 class Accumulator {
  public:
   static constexpr bool kLongRows = G == 0;
-  static constexpr bool kHasOneLine = false;
+  static constexpr bool kHasVariants = false;
 
   Accumulator(int dim, int blocks) : dim_(dim), blocks_(G == 0 ? blocks : G), memory_(G == 0 ? blocks * 8 : 0) {}
 
+  template <Rows kRows>
   struct Registers {};
 
   struct Sum {
     __m256 vectors[G == 0 ? 1 : G];
   };
 
-  __attribute__((always_inline)) void clear(Sum& sum, bool starts) {
+  __attribute__((always_inline)) void clear(Sum& sum) {
 #pragma GCC unroll 8
     for (int k = 0; k < G; ++k) {
       sum.vectors[k] = _mm256_setzero_ps();
     }
-    if (starts) {
-      std::fill(memory_.begin(), memory_.end(), 0.0f);
-    }
+    std::fill(memory_.begin(), memory_.end(), 0.0f);
   }
 
   // Adds scale * code for every element of a row; reads up to 7 bytes beyond it.
-  template <bool kTwoLines>
-  __attribute__((always_inline)) void add(Sum& sum, const Registers&, const uint8_t* weights, const Ring& ring, int slot) {
+  template <Rows kRows>
+  __attribute__((always_inline)) void add(Sum& sum, const Registers<kRows>&, const uint8_t* weights, const Ring& ring, int slot) {
     const uint8_t* row = weights + ring.start[slot];
     const int bits = ring.bits[slot];
     const float scale = ring.scale[slot];
@@ -103,6 +102,9 @@ class Accumulator {
       sum.vectors[k] = _mm256_fmadd_ps(codes_of_block(row + k * bits, width), scales, sum.vectors[k]);
     }
   }
+
+  template <Rows kRows>
+  void unbias(Sum&, float) {}
 
   __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero, float factor, void* output, OutputType type,
               int64_t position) {

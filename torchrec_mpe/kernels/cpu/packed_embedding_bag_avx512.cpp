@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -15,20 +16,26 @@ TORCHREC_MPE_BEGIN_AVX512
 namespace torchrec_mpe {
 namespace avx512 {
 
-// A code becomes a float without a conversion: or-ed into the mantissa of 2^23 it is 2^23 + code, and one subtraction
-// takes away 2^23 and the code's signed offset.
-constexpr uint32_t kMagic = 0x4b000000;  // 2^23 as float
+// A code becomes a float without a conversion. Or-ed into the mantissa of 2^23 it is 2^23 + code, and one subtraction
+// takes away 2^23 and the code's signed offset. Shifted to the mantissa's top under the exponent of 2^7 it is
+// 128 + code * 2^(7 - bits), precise enough to be summed as it is; what is too much is taken away once for many rows.
+constexpr uint32_t kMagic = 0x4b000000;   // 2^23 as float
+constexpr uint32_t kBiased = 0x43000000;  // 2^7 as float
+constexpr float kBias = 192.0f;           // 128 and the signed offset, 2^(bits - 1) * 2^(7 - bits)
+constexpr float kByteBias = 128.0f;       // the signed offset of 8 bits
 
 // Up to 64 elements: permute spreads 8 blocks of `bits` bytes over 8 lanes of 8 bytes, shift moves code j of a lane to
-// its byte j. Up to 16: shift_16 moves the codes of elements 2 i and 2 i + 1 to the low bytes of lane i's two words, if
-// lanes 0 to 3 hold the first block and lanes 4 to 7 the second.
+// its byte j, or to the upper of its 7 lower bits (biased). Up to 16: shift_16 moves the codes of elements 2 i and
+// 2 i + 1 to the mantissas of lane i's two words, if lanes 0 to 3 hold the first block and lanes 4 to 7 the second.
 struct WidthConstants {
   alignas(64) uint8_t permute[64];
   alignas(64) uint8_t shift_16[64];
   alignas(64) uint8_t shift[8];
-  uint32_t mask;     // of a code, in every byte
-  uint32_t mask_16;  // and in the lowest byte
-  float offset;      // 2^23 + 2^(bits - 1)
+  uint8_t shift_biased[8];
+  uint32_t mask;         // of a code, in every byte
+  uint32_t mask_biased;  // the same where shift_biased puts it
+  uint32_t mask_16;
+  float offset;          // 2^23 + 2^(bits - 1)
 };
 
 // permute_16[bits * 16 + position] fills the lanes as shift_16 wants them, from 16 bytes in which a row of one or two
@@ -45,16 +52,20 @@ inline const Constants& constants() {
       WidthConstants& width = filled.width[bits];
       for (int byte = 0; byte < 64; ++byte) {
         width.permute[byte] = static_cast<uint8_t>(byte / 8 * bits + byte % 8);
-        width.shift_16[byte] = static_cast<uint8_t>(byte / 4 % 8 * bits);
+        // Bit 23 - bits of a word is its code's lowest; shifts are taken modulo 64.
+        width.shift_16[byte] = static_cast<uint8_t>((byte / 4 % 8 * bits + byte % 4 * 8 - (23 - bits)) & 63);
         for (int position = 0; position < 16; ++position) {
           filled.permute_16[bits * 16 + position][byte] = static_cast<uint8_t>(position + byte / 32 * bits + byte % 8);
         }
       }
       for (int byte = 0; byte < 8; ++byte) {
         width.shift[byte] = static_cast<uint8_t>(byte * bits);
+        width.shift_biased[byte] = static_cast<uint8_t>((byte * bits - (7 - bits)) & 63);
       }
-      width.mask_16 = (1u << bits) - 1;
-      width.mask = width.mask_16 * 0x01010101u;
+      const uint32_t code = (1u << bits) - 1;
+      width.mask = code * 0x01010101u;
+      width.mask_biased = bits < 8 ? (code << (7 - bits)) * 0x01010101u : 0;
+      width.mask_16 = code << (23 - bits);
       width.offset = 8388608.0f + static_cast<float>((1 << bits) >> 1);
     }
     return filled;
@@ -64,27 +75,33 @@ inline const Constants& constants() {
 
 // What a loop over rows keeps in registers.
 struct LoopConstants {
-  __m512i magic = _mm512_set1_epi32(kMagic);
-  __m512i spread[4];  // byte 4 j of permutation k is byte 16 k + j
+  __m512i magic;
+  __m512i spread[4];  // byte 4 j, or with a biased exponent byte 4 j + 2, of permutation k is byte 16 k + j
 
   // `vectors` of the permutations are used. As plain constants the compiler would load them again for every row, and
   // loads are what limits the loop.
-  __attribute__((always_inline)) explicit LoopConstants(int vectors) {
-    asm("" : "+v"(magic));
+  __attribute__((always_inline)) LoopConstants(int vectors, bool biased)
+      : magic(kept(_mm512_set1_epi32(biased ? kBiased : kMagic))) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       if (k < vectors) {
         alignas(64) static constexpr uint32_t kSixteen[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        spread[k] = _mm512_add_epi32(_mm512_load_si512(kSixteen), _mm512_set1_epi32(16 * k));
-        asm("" : "+v"(spread[k]));
+        const __m512i element = _mm512_add_epi32(_mm512_load_si512(kSixteen), _mm512_set1_epi32(16 * k));
+        spread[k] = kept(biased ? _mm512_slli_epi32(element, 16) : element);
       }
     }
   }
+
+ private:
+  __attribute__((always_inline)) static __m512i kept(__m512i vector) {
+    asm("" : "+v"(vector));
+    return vector;
+  }
 };
 
-// The unsigned codes of up to 64 elements whose bytes lie in one or two lines of 64 bytes; `within` is the first one's
-// place in its line, in every byte. Only those lines are read: a line more could be a cache miss more.
-template <bool kTwoLines>
+// The codes of up to 64 elements whose bytes lie in one or two lines of 64 bytes, a byte each; `within` is the first
+// one's place in its line, in every byte. Only those lines are read: a line more could be a cache miss more.
+template <bool kTwoLines, bool kIsBiased>
 __attribute__((always_inline)) inline __m512i codes_of_64(const uint8_t* first_line, const uint8_t* last_line,
                                                           __m512i within, const WidthConstants& width) {
   const __m512i index = _mm512_add_epi8(_mm512_load_si512(width.permute), within);
@@ -92,21 +109,25 @@ __attribute__((always_inline)) inline __m512i codes_of_64(const uint8_t* first_l
   lanes = kTwoLines ? _mm512_permutex2var_epi8(lanes, index, _mm512_loadu_si512(last_line))
                     : _mm512_permutexvar_epi8(index, lanes);
   int64_t shift;
-  std::memcpy(&shift, width.shift, 8);
+  std::memcpy(&shift, kIsBiased ? width.shift_biased : width.shift, 8);
   const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(shift), lanes);
-  return _mm512_and_si512(codes, _mm512_set1_epi32(static_cast<int>(width.mask)));
+  return _mm512_and_si512(codes, _mm512_set1_epi32(static_cast<int>(kIsBiased ? width.mask_biased : width.mask)));
 }
 
-// Elements 16 k to 16 k + 15 of 64 codes, signed.
-template <int K>
+// Elements 16 k to 16 k + 15 of 64 codes: signed, or with the bias.
+template <int K, bool kIsBiased>
 __attribute__((always_inline)) inline __m512 floats_of(__m512i codes, const WidthConstants& width,
                                                        const LoopConstants& registers) {
+  if (kIsBiased) {
+    return _mm512_castsi512_ps(
+        _mm512_mask_permutexvar_epi8(registers.magic, 0x4444444444444444ull, registers.spread[K], codes));
+  }
   const __m512i words =
       _mm512_mask_permutexvar_epi8(registers.magic, 0x1111111111111111ull, registers.spread[K], codes);
   return _mm512_sub_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(width.offset));
 }
 
-// Up to 16 signed codes, from 16 bytes.
+// Up to 16 codes with the bias, from 16 bytes.
 __attribute__((always_inline)) inline __m512 floats_of_16(const uint8_t* bytes, const uint8_t* permute,
                                                           const WidthConstants& width, const LoopConstants& registers) {
   const __m512i row = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
@@ -114,7 +135,7 @@ __attribute__((always_inline)) inline __m512 floats_of_16(const uint8_t* bytes, 
   words = _mm512_multishift_epi64_epi8(_mm512_load_si512(width.shift_16), words);
   // (words & mask) | magic
   words = _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(static_cast<int>(width.mask_16)), registers.magic, 0xea);
-  return _mm512_sub_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(width.offset));
+  return _mm512_castsi512_ps(words);
 }
 
 #include "packed_embedding_bag_ring.inc.h"
@@ -125,10 +146,12 @@ template <int G>
 class Accumulator {
  public:
   static constexpr bool kLongRows = G == 0 || G > 4;
-  static constexpr bool kHasOneLine = G != 1;  // whether add<false> is faster, for rows of which no 64 elements cross lines
+  static constexpr bool kHasVariants = true;
 
+  template <Rows kRows>
   struct Registers : LoopConstants {
-    __attribute__((always_inline)) Registers() : LoopConstants(G == 1 ? 0 : G == 0 ? 4 : G) {}
+    __attribute__((always_inline)) Registers()
+        : LoopConstants(G == 1 || kRows == Rows::Bytes ? 0 : G == 0 ? 4 : G, kRows != Rows::Any) {}
   };
 
   // A bag's vectors. A local of the loop over its rows, so that they stay in registers.
@@ -138,33 +161,50 @@ class Accumulator {
 
   Accumulator(int dim, int blocks) : dim_(dim), blocks_(blocks), memory_(G == 0 ? (blocks + 7) / 8 * 64 : 0) {}
 
-  __attribute__((always_inline)) void clear(Sum& sum, bool starts) {
+  __attribute__((always_inline)) void clear(Sum& sum) {
 #pragma GCC unroll 16
     for (int k = 0; k < kVectors; ++k) {
       sum.vectors[k] = _mm512_setzero_ps();
     }
-    if (G == 0 && starts) {
+    if (G == 0) {
       std::fill(memory_.begin(), memory_.end(), 0.0f);
     }
   }
 
-  // Adds scale * code for every element of a row.
-  template <bool kTwoLines>
-  __attribute__((always_inline)) void add(Sum& sum, const Registers& registers, const uint8_t* weights, const Ring& ring, int slot) {
+  // Adds scale * code for every element of a row; other than with Rows::Any the bias with it.
+  template <Rows kRows>
+  __attribute__((always_inline)) void add(Sum& sum, const Registers<kRows>& registers, const uint8_t* weights,
+                                          const Ring& ring, int slot) {
     const int bits = ring.bits[slot];
     const WidthConstants& width = constants_.width[bits];
     const __m512 scales = _mm512_set1_ps(ring.scale[slot]);
     const uint8_t* start = weights + ring.start[slot];
+    constexpr bool kTwoLines = kRows != Rows::NarrowInLine;
+    constexpr bool kIsBiased = kRows != Rows::Any;
     if constexpr (G == 1) {
       const uint8_t* permute = constants_.permute_16[ring.position[slot]];
       sum.vectors[0] = _mm512_fmadd_ps(floats_of_16(start, permute, width, registers), scales, sum.vectors[0]);
+    } else if constexpr (kRows == Rows::Bytes) {
+      const uint8_t* row = start + (ring.position[slot] & 63);
+      for_each(sum, [&](int k, __m512 before) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 16 * k));
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), scales, before);
+      });
     } else if constexpr (G > 0 && G <= 4) {
       const uint8_t* last_line = weights + (ring.last[slot] & -kLineBytes);
-      add_64<0>(sum, registers, codes_of_64<kTwoLines>(start, last_line, _mm512_set1_epi32(ring.position[slot]), width),
-                scales, width);
+      const __m512i within = _mm512_set1_epi32(ring.position[slot]);
+      add_64<0, kIsBiased>(sum, registers, codes_of_64<kTwoLines, kIsBiased>(start, last_line, within, width), scales,
+                           width);
     } else {
-      add_long<kTwoLines>(sum, registers, start, ring.position[slot] & 63, bits, scales, width);
+      add_long<kTwoLines, kIsBiased>(sum, registers, start, ring.position[slot] & 63, bits, scales, width);
     }
+  }
+
+  // Takes away the bias of rows whose scales sum up to `scales`.
+  template <Rows kRows>
+  __attribute__((always_inline)) void unbias(Sum& sum, float scales) {
+    const __m512 bias = _mm512_set1_ps(scales * (G != 1 && kRows == Rows::Bytes ? kByteBias : kBias));
+    for_each(sum, [&](int, __m512 before) { return _mm512_sub_ps(before, bias); });
   }
 
   __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero, float factor,
@@ -176,13 +216,42 @@ class Accumulator {
     } else {
 #pragma GCC unroll 16
       for (int k = 0; k < kVectors; ++k) {
-        store_16(table, k, sum.vectors[k], kept, zero, factor, output, type, position);
+        if (k + 1 < kVectors && type == OutputType::Float) {  // all 16 elements are there
+          store_full_16(table, k, sum.vectors[k], kept, zero, factor, static_cast<float*>(output) + position + 16 * k);
+        } else {
+          store_16(table, k, sum.vectors[k], kept, zero, factor, output, type, position);
+        }
       }
     }
   }
 
  private:
   static constexpr int kVectors = G > 0 ? G : 1;
+
+  // Every vector k of a sum becomes function(k, vector).
+  template <class Function>
+  __attribute__((always_inline)) void for_each(Sum& sum, const Function& function) {
+    if constexpr (G == 0) {
+      for (int k = 0; k < (dim_ + 15) / 16; ++k) {
+        float* vector = memory_.data() + 16 * k;
+        _mm512_storeu_ps(vector, function(k, _mm512_loadu_ps(vector)));
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int k = 0; k < kVectors; ++k) {
+        sum.vectors[k] = function(k, sum.vectors[k]);
+      }
+    }
+  }
+
+  __attribute__((always_inline)) static void store_full_16(const PackedTable& table, int k, __m512 sum, float kept,
+                                                           float zero, float factor, float* output) {
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(kept), _mm512_loadu_ps(table.beta + 16 * k), sum);
+    if (table.zero_row != nullptr) {
+      sum = _mm512_fmadd_ps(_mm512_set1_ps(zero), _mm512_loadu_ps(table.zero_row + 16 * k), sum);
+    }
+    _mm512_storeu_ps(output, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
+  }
 
   __attribute__((always_inline)) void store_16(const PackedTable& table, int k, __m512 sum, float kept, float zero,
                                                float factor, void* output, OutputType type, int64_t position) const {
@@ -218,53 +287,61 @@ class Accumulator {
   }
 
   // Vectors [K, K + 4) of the bag's sum, as far as there are any.
-  template <int K>
-  __attribute__((always_inline)) void add_64(Sum& sum, const Registers& registers, __m512i codes, __m512 scales, const WidthConstants& width) {
-    sum.vectors[K] = _mm512_fmadd_ps(floats_of<0>(codes, width, registers), scales, sum.vectors[K]);
+  template <int K, bool kIsBiased>
+  __attribute__((always_inline)) void add_64(Sum& sum, const LoopConstants& registers, __m512i codes, __m512 scales,
+                                             const WidthConstants& width) {
+    const auto add_16 = [&](__m512 values, __m512& vector) { vector = _mm512_fmadd_ps(values, scales, vector); };
+    add_16(floats_of<0, kIsBiased>(codes, width, registers), sum.vectors[K]);
     if constexpr (K + 1 < kVectors) {
-      sum.vectors[K + 1] = _mm512_fmadd_ps(floats_of<1>(codes, width, registers), scales, sum.vectors[K + 1]);
+      add_16(floats_of<1, kIsBiased>(codes, width, registers), sum.vectors[K + 1]);
     }
     if constexpr (K + 2 < kVectors) {
-      sum.vectors[K + 2] = _mm512_fmadd_ps(floats_of<2>(codes, width, registers), scales, sum.vectors[K + 2]);
+      add_16(floats_of<2, kIsBiased>(codes, width, registers), sum.vectors[K + 2]);
     }
     if constexpr (K + 3 < kVectors) {
-      sum.vectors[K + 3] = _mm512_fmadd_ps(floats_of<3>(codes, width, registers), scales, sum.vectors[K + 3]);
+      add_16(floats_of<3, kIsBiased>(codes, width, registers), sum.vectors[K + 3]);
     }
   }
 
   // The codes of 64 elements from block `first` on, of a row that starts `within` a line at `line`.
-  template <bool kTwoLines>
+  template <bool kTwoLines, bool kIsBiased>
   __attribute__((always_inline)) __m512i codes_from(const uint8_t* line, int within, int first, int bits,
                                                     const WidthConstants& width) const {
     const int start = within + first * bits;
     // A 0-bit row has no last byte.
     const int last = start + std::min(8, blocks_ - first) * bits - (bits != 0);
-    return codes_of_64<kTwoLines>(line + (start & -64), line + (last & -64), _mm512_set1_epi8(static_cast<char>(start & 63)),
-                       width);
+    return codes_of_64<kTwoLines, kIsBiased>(line + (start & -64), line + (last & -64),
+                                             _mm512_set1_epi8(static_cast<char>(start & 63)), width);
   }
 
-  template <bool kTwoLines>
-  __attribute__((always_inline)) void add_long(Sum& sum, const Registers& registers, const uint8_t* line, int within, int bits, __m512 scales,
-                                               const WidthConstants& width) {
+  template <bool kTwoLines, bool kIsBiased>
+  __attribute__((always_inline)) void add_long(Sum& sum, const LoopConstants& registers, const uint8_t* line,
+                                               int within, int bits, __m512 scales, const WidthConstants& width) {
+    const auto codes = [&](int first) {
+      return codes_from<kTwoLines, kIsBiased>(line, within, first, bits, width);
+    };
     if constexpr (G == 0) {
       for (int first = 0; first < blocks_; first += 8) {
-        const __m512i codes = codes_from<kTwoLines>(line, within, first, bits, width);
+        const __m512i part = codes(first);
+        const auto add_16 = [&](__m512 values, float* sums) {
+          _mm512_storeu_ps(sums, _mm512_fmadd_ps(values, scales, _mm512_loadu_ps(sums)));
+        };
         float* sums = memory_.data() + 8 * first;
-        _mm512_storeu_ps(sums, _mm512_fmadd_ps(floats_of<0>(codes, width, registers), scales, _mm512_loadu_ps(sums)));
-        _mm512_storeu_ps(sums + 16, _mm512_fmadd_ps(floats_of<1>(codes, width, registers), scales, _mm512_loadu_ps(sums + 16)));
-        _mm512_storeu_ps(sums + 32, _mm512_fmadd_ps(floats_of<2>(codes, width, registers), scales, _mm512_loadu_ps(sums + 32)));
-        _mm512_storeu_ps(sums + 48, _mm512_fmadd_ps(floats_of<3>(codes, width, registers), scales, _mm512_loadu_ps(sums + 48)));
+        add_16(floats_of<0, kIsBiased>(part, width, registers), sums);
+        add_16(floats_of<1, kIsBiased>(part, width, registers), sums + 16);
+        add_16(floats_of<2, kIsBiased>(part, width, registers), sums + 32);
+        add_16(floats_of<3, kIsBiased>(part, width, registers), sums + 48);
       }
     } else {
-      add_64<0>(sum, registers, codes_from<kTwoLines>(line, within, 0, bits, width), scales, width);
+      add_64<0, kIsBiased>(sum, registers, codes(0), scales, width);
       if constexpr (kVectors > 4) {
-        add_64<4>(sum, registers, codes_from<kTwoLines>(line, within, 8, bits, width), scales, width);
+        add_64<4, kIsBiased>(sum, registers, codes(8), scales, width);
       }
       if constexpr (kVectors > 8) {
-        add_64<8>(sum, registers, codes_from<kTwoLines>(line, within, 16, bits, width), scales, width);
+        add_64<8, kIsBiased>(sum, registers, codes(16), scales, width);
       }
       if constexpr (kVectors > 12) {
-        add_64<12>(sum, registers, codes_from<kTwoLines>(line, within, 24, bits, width), scales, width);
+        add_64<12, kIsBiased>(sum, registers, codes(24), scales, width);
       }
     }
   }
@@ -333,20 +410,27 @@ class Locator {
     // A bitmap's ranks are as good as its lines: they are checked one by one.
     few_runs_ = (table.kind == Directory::Ranked || table.kind == Directory::Remap) && table.num_runs > 0 &&
                 table.num_runs <= kFewRuns;
-    one_line_ = few_runs_ && (table.blocks % 8 == 0 || 8 % table.blocks == 0);
+    std::copy_n(table.alpha, kMaxBits + 1, alpha_);
+    if (table.blocks <= 2) {
+      rows_ = Rows::Narrow;  // 16 elements take the bias at any width
+    }
     // Only if runs start in order does a rank's run end behind it.
     for (int32_t k = 1; few_runs_ && k < table.num_runs; ++k) {
       few_runs_ = table.run_starts[k] >= (k == 1 ? 0 : table.run_starts[k - 1]);
     }
-    one_line_ &= few_runs_;
     if (!few_runs_) {
+      scale_for_bias();
       return;
     }
+    bool in_line = table.blocks % 8 == 0 || 8 % table.blocks == 0;
+    bool bytes = true;
+    bool narrow = true;
     for (int k = 0; k < table.num_runs; ++k) {
       const RunRecord& run = table.runs[k];
       const int64_t first = k == 0 ? 0 : table.run_starts[k];
       const int64_t end = k + 1 < table.num_runs ? table.run_starts[k + 1] : table.num_rows;
       starts_[k] = k == 0 ? 0 : table.run_starts[k];
+      bytes &= run.bits == kMaxBits;
       if (run.bits == 0) {
         continue;
       }
@@ -357,15 +441,20 @@ class Locator {
                           run.offset >= -limit - row_bytes * table.num_rows && run.offset <= limit &&
                           run.offset + first * row_bytes >= 0 && run.offset + end * row_bytes <= limit;
       damaged_ |= !inside;
-      one_line_ &= inside && (run.bits & (run.bits - 1)) == 0 && (run.offset + first * row_bytes) % kLineBytes == 0;
+      // No group of 64 elements of a row crosses a line if their 8 * bits bytes divide it.
+      in_line &= inside && (run.bits & (run.bits - 1)) == 0 && (run.offset + first * row_bytes) % kLineBytes == 0;
+      narrow &= run.bits < kMaxBits;
       offsets_[k] = inside ? run.offset : 0;
       bits_[k] = inside ? run.bits : 0;
     }
+    if (table.blocks > 2) {
+      rows_ = bytes ? Rows::Bytes : !narrow ? Rows::Any : in_line ? Rows::NarrowInLine : Rows::Narrow;
+    }
+    scale_for_bias();
   }
 
-  // Whether no group of 64 elements of a row, counted from its first, crosses a line: their 8 * bits bytes divide it.
-  bool one_line() const {
-    return one_line_;
+  Rows rows() const {
+    return rows_;
   }
 
   Located locate(const float* weights, int first, int count, Ring& ring) const {
@@ -399,6 +488,13 @@ class Locator {
   }
 
  private:
+  // A code with the bias is 2^(7 - bits) times itself.
+  void scale_for_bias() {
+    for (int bits = 0; bits <= kMaxBits && rows_ != Rows::Any && rows_ != Rows::Bytes; ++bits) {
+      alpha_[bits] = std::ldexp(alpha_[bits], bits - 7);
+    }
+  }
+
   int inside_8(__m512i offset, __m256i row_bytes) const {
     const __m512i limit = _mm512_set1_epi64(table_.weights_bytes - kEndPadding);
     const __m512i last = _mm512_sub_epi64(limit, _mm512_cvtepu32_epi64(row_bytes));
@@ -454,7 +550,7 @@ class Locator {
                        table_.blocks <= 2 ? _mm512_add_epi32(_mm512_slli_epi32(width, 4), position)
                                           : _mm512_mullo_epi32(position, _mm512_set1_epi32(0x01010101)));
     _mm512_store_si512(ring.bits + slot, width);
-    const __m512 alpha = _mm512_permutexvar_ps(width, _mm512_maskz_loadu_ps(0x1ff, table_.alpha));
+    const __m512 alpha = _mm512_permutexvar_ps(width, _mm512_load_ps(alpha_));
     const bool mixed = kWeighted || (stored & live) != live;
     __m512 weight = _mm512_set1_ps(1.0f);
     if (kWeighted && weights != nullptr) {
@@ -486,8 +582,9 @@ class Locator {
 
   const PackedTable& table_;
   bool few_runs_ = false;
-  bool one_line_ = false;
+  Rows rows_ = Rows::Any;
   bool damaged_ = false;
+  alignas(64) float alpha_[kFewRuns] = {};  // of each width, for what the accumulator sums
   alignas(64) int32_t starts_[kFewRuns] = {};
   alignas(64) int64_t offsets_[kFewRuns] = {};
   alignas(64) int32_t bits_[kFewRuns] = {};

@@ -1,7 +1,7 @@
 // The steps of a lookup around the accumulator of one instruction set. Included inside that instruction set's namespace
 // and target region, after
 //   packed_embedding_bag_ring.inc.h and directory_lines.inc.h
-//   Accumulator<G>: one bag's sum, clear(), add<kTwoLines>(), finish(), and what is known of G's rows
+//   Accumulator<G>: one bag's sum, clear(), add<Rows>(), unbias<Rows>(), finish(), and what is known of G's rows
 //   resolve_ids(): ids of a block to ranks
 //   Locator(table).locate(): ranks of a block to rows; whatever the directory says, they lie in the weights
 //   add_weights(): the sums of kept and zero over neighbouring slots, the first being next to the last
@@ -12,9 +12,14 @@ inline int64_t offset_at(const Lookup& lookup, int64_t bag) {
                            : static_cast<const int32_t*>(lookup.offsets)[bag];
 }
 
-// Functions that only prefetch are always inlined: GCC takes them for pure and drops calls to them.
 __attribute__((always_inline)) inline void prefetch(const void* address) {
+#if defined(__x86_64__)
+  // To the second level: the first one's few fill buffers would make fetching wait. Volatile, because GCC takes
+  // functions that only prefetch for pure and drops calls to them.
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(address)));
+#else
   __builtin_prefetch(address, 0, 2);
+#endif
 }
 
 // --- steps, a block at a time ---------------------------------------------------------------------------------------
@@ -62,9 +67,14 @@ void resolve(const Lookup& lookup, const PackedTable& table, int64_t position, i
   if (table.kind == Directory::Remap) {
     const int32_t* remap = reinterpret_cast<const int32_t*>(table.directory);
     const uint32_t rows = static_cast<uint32_t>(table.num_rows);
+    bool damaged = false;
     for (int i = 0; i < count; ++i) {
       const uint32_t rank = ranks[i] < 0 ? 0 : remap[ranks[i]];
-      ranks[i] = ranks[i] < 0 ? ranks[i] : rank < rows ? rank : 0;
+      damaged |= rank >= rows;
+      ranks[i] = ranks[i] < 0 ? ranks[i] : rank < rows ? static_cast<int32_t>(rank) : kZeroBits;
+    }
+    if (__builtin_expect(damaged, 0)) {
+      faults.damaged_feature = feature;
     }
   } else if (table.kind == Directory::Bitmap || table.kind == Directory::BitmapNibble) {
     for (int i = 0; i < count; ++i) {
@@ -80,7 +90,7 @@ void resolve(const Lookup& lookup, const PackedTable& table, int64_t position, i
 }
 
 // Fetches a row that is read later. Rows that can span more than two lines have some between.
-template <bool kLong, bool kTwoLines>
+template <bool kLong, bool kInLine>
 __attribute__((always_inline)) inline void fetch_row(const uint8_t* weights, const Ring& ring, int slot) {
   const int64_t start = ring.start[slot];
   const int64_t last = ring.last[slot];
@@ -90,47 +100,119 @@ __attribute__((always_inline)) inline void fetch_row(const uint8_t* weights, con
       prefetch(weights + byte);
     }
   }
-  if (kLong || kTwoLines) {
+  if (kLong || !kInLine) {
     prefetch(weights + last);
   }
 }
 
-// Where a bag's pooled embedding goes, and what turns the sum of its rows into it.
-struct BagOutput {
-  float kept;       // sum of the weights of its rows of more than 0 bits
-  float zero;       // and of its 0-bit rows
-  float factor;
-  int64_t position;
-};
+// Adds rows [row, stop) of a feature to a bag's sum.
+template <int G, Rows kRows>
+__attribute__((always_inline)) inline void add_rows(Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
+                                                    const typename Accumulator<G>::template Registers<kRows>& registers,
+                                                    const uint8_t* weights, const Ring& ring, int64_t row,
+                                                    int64_t stop) {
+  while (row < stop) {
+    float scales = 0.0f;
+    for (const int64_t part = std::min(stop, row + kBlock); row < part; ++row) {
+      const int slot = static_cast<int>(row & (kRing - 1));
+      fetch_row<Accumulator<G>::kLongRows, kRows == Rows::NarrowInLine>(
+          weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+      accumulator.template add<kRows>(sum, registers, weights, ring, slot);
+      if (kRows != Rows::Any) {
+        scales += ring.scale[slot];
+      }
+    }
+    // Every few rows: a bias that had grown with the whole bag would take the sum's last digits with it.
+    if (kRows != Rows::Any) {
+      accumulator.template unbias<kRows>(sum, scales);
+    }
+  }
+}
 
-// Adds rows [row, stop) of a feature to a bag's sum, which starts at zero or is carried on, and stores or carries it.
-// A function of its own, with nothing called between: what the loop needs stays in registers.
-template <int G, bool kTwoLines>
-__attribute__((noinline)) void pool_rows(Accumulator<G>& accumulator, const PackedTable& table, const Lookup& lookup,
-                                         const Ring& ring, int64_t row, int64_t stop, bool starts, bool ends,
-                                         typename Accumulator<G>::Sum& carried, const BagOutput& bag) {
-  const typename Accumulator<G>::Registers registers;
-  typename Accumulator<G>::Sum sum;
-  accumulator.clear(sum, starts);
-  if (__builtin_expect(!starts, 0)) {
-    sum = carried;
-  }
-  const uint8_t* weights = table.weights;
-  for (; row < stop; ++row) {
-    fetch_row<Accumulator<G>::kLongRows, kTwoLines>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
-    accumulator.template add<kTwoLines>(sum, registers, weights, ring, static_cast<int>(row & (kRing - 1)));
-  }
-  if (__builtin_expect(!ends, 0)) {
-    carried = sum;
+// Adds the weights of rows [row, stop), which wrap around the ring; rows from `mixed_end` on weigh 1 each.
+inline void add_weights_of(const Ring& ring, int64_t row, int64_t stop, int64_t mixed_end, float& kept, float& zero) {
+  if (mixed_end <= row) {
+    kept += static_cast<float>(stop - row);
     return;
   }
-  accumulator.finish(sum, table, bag.kept, bag.zero, bag.factor, lookup.output, lookup.output_type, bag.position);
+  const int slot = static_cast<int>(row & (kRing - 1));
+  const int count = static_cast<int>(stop - row);
+  add_weights(ring, slot, count, kept, zero);
+}
+
+// What a feature's bags have in common while they are pooled. Rows are counted from the feature's first.
+struct Bags {
+  const Lookup& lookup;
+  const PackedTable& table;
+  const Ring& ring;
+  int64_t begin;      // the feature's first row in indices
+  int64_t rows;
+  int64_t last;       // the bag after the last one
+  int64_t mixed_end;  // rows from here on are not mixed
+  bool mean;
+  int64_t bag;        // the next bag
+  int64_t row;        // and its first row
+  int64_t position;   // and where its embedding goes
+};
+
+inline float factor_of(const Bags& bags, int64_t count) {
+  return bags.mean && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
+}
+
+// Pools bags of one segment as long as their rows end before `limit`; returns false at offsets that decrease or leave the rows. A
+// function of its own, with nothing called between bags: what the loops need stays in registers.
+template <int G, Rows kRows>
+__attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags, int64_t limit) {
+  const typename Accumulator<G>::template Registers<kRows> registers;
+  const Lookup& lookup = bags.lookup;
+  const PackedTable& table = bags.table;
+  const Ring& ring = bags.ring;
+  const int64_t last = bags.last;
+  int64_t bag = bags.bag;
+  int64_t row = bags.row;
+  int64_t position = bags.position;
+  bool ordered = true;
+  for (; bag < last; ++bag) {
+    const int64_t offset = offset_at(lookup, bag + 1);
+    if (__builtin_expect(offset < bags.begin + row || offset > bags.begin + bags.rows, 0)) {
+      ordered = false;
+      break;
+    }
+    const int64_t end = offset - bags.begin;
+    // Long bags are added segment by segment always, so that where a range of bags begins changes no bit of a sum.
+    if (end > limit || end - row > kSegment) {
+      break;
+    }
+    float kept = 0.0f;
+    float zero = 0.0f;
+    add_weights_of(ring, row, end, bags.mixed_end, kept, zero);
+    typename Accumulator<G>::Sum sum;
+    accumulator.clear(sum);
+    add_rows<G, kRows>(accumulator, sum, registers, table.weights, ring, row, end);
+    accumulator.finish(sum, table, kept, zero, factor_of(bags, end - row), lookup.output, lookup.output_type, position);
+    row = end;
+    position += lookup.output_stride;
+  }
+  bags.bag = bag;
+  bags.row = row;
+  bags.position = position;
+  return ordered;
+}
+
+// Adds a segment of a bag that is longer than the ring to its sum.
+template <int G, Rows kRows>
+__attribute__((noinline)) void pool_segment(Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
+                                            const uint8_t* weights, const Ring& ring, int64_t row, int64_t stop) {
+  const typename Accumulator<G>::template Registers<kRows> registers;
+  typename Accumulator<G>::Sum local = sum;
+  add_rows<G, kRows>(accumulator, local, registers, weights, ring, row, stop);
+  sum = local;
 }
 
 // A feature's bags [first, last), numbered among all features' bags.
-template <int G, class Index, bool kTwoLines>
-void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults,
-                 const Locator& locator) {
+template <int G, class Index>
+void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults, const Locator& locator,
+                 decltype(&pool_bags<G, Rows::Any>) pool, decltype(&pool_segment<G, Rows::Any>) pool_long) {
   const Feature& feature = lookup.features[f];
   const PackedTable& table = *feature.table;
   const int64_t begin = offset_at(lookup, first);
@@ -143,6 +225,8 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
   std::fill_n(ring.start, kRing, 0);
   std::fill_n(ring.last, kRing, 0);
   const int64_t rows = end - begin;
+  Bags bags{lookup, table, ring, begin, rows, last, 0, feature.mean, first, 0,
+            (first - f * lookup.batch) * lookup.output_stride + feature.column};
   const auto fetch_block = [&](int64_t row) {
     if (row < rows) {
       const Index* ids = static_cast<const Index*>(lookup.indices) + begin + row;
@@ -155,20 +239,21 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
       resolve<Index>(lookup, table, begin + row, count, ring.rank + row % kRing, faults, f);
     }
   };
-  int64_t located = 0;    // rows of the feature that are located
-  int64_t mixed_end = 0;  // the end of the last of their blocks that was mixed
-  const auto advance = [&] {
-    fetch_block(located + 2 * kBlock);
-    resolve_block(located + kBlock);
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, rows - located));
-    const float* weights = lookup.weights == nullptr ? nullptr : lookup.weights + begin + located;
-    const Located found = locator.locate(weights, static_cast<int>(located % kRing), count, ring);
-    located += count;
-    if (found.mixed) {
-      mixed_end = located;
-    }
-    if (__builtin_expect(found.damaged, 0)) {
-      faults.damaged_feature = f;
+  int64_t located = 0;  // rows of the feature that are located
+  const auto locate_until = [&](int64_t row) {
+    while (located < std::min(row, rows)) {
+      fetch_block(located + 2 * kBlock);
+      resolve_block(located + kBlock);
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, rows - located));
+      const float* weights = lookup.weights == nullptr ? nullptr : lookup.weights + begin + located;
+      const Located found = locator.locate(weights, static_cast<int>(located % kRing), count, ring);
+      located += count;
+      if (found.mixed) {
+        bags.mixed_end = located;
+      }
+      if (__builtin_expect(found.damaged, 0)) {
+        faults.damaged_feature = f;
+      }
     }
   };
   fetch_block(0);
@@ -176,50 +261,63 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
   resolve_block(0);
 
   Accumulator<G> accumulator(table.embedding_dim, table.blocks);
-  typename Accumulator<G>::Sum carried;
-  int64_t row = 0;
-  int64_t bag_end = 0;
-  for (int64_t bag = first; bag < last; ++bag) {
-    const int64_t bag_begin = bag_end;
-    const int64_t offset = offset_at(lookup, bag + 1);
-    if (__builtin_expect(offset < begin + bag_begin || offset > end, 0)) {
-      faults.bad_offset = bag;
+  while (bags.bag < last) {
+    // Rows are fetched a block ahead of being read, so that the last block that is located is not read yet.
+    locate_until(bags.row + kSegment + kBlock);
+    const int64_t bag = bags.bag;
+    const bool ordered = pool(accumulator, bags, located == rows ? rows : located - kBlock);
+    if (__builtin_expect(!ordered, 0)) {
+      faults.bad_offset = bags.bag;
       return;
     }
-    bag_end = offset - begin;
-    BagOutput output{0.0f, 0.0f, 1.0f, (bag - f * lookup.batch) * lookup.output_stride + feature.column};
-    if (feature.mean && bag_end > bag_begin) {
-      output.factor = 1.0f / static_cast<float>(bag_end - bag_begin);
+    if (bags.bag > bag) {
+      continue;
     }
-    do {
-      const int64_t stop = std::min(bag_end, row + kSegment);
-      while (located < rows && located < stop + kBlock) {
-        advance();
-      }
-      if (mixed_end <= row) {
-        output.kept += static_cast<float>(stop - row);
-      } else {
-        const int slot = static_cast<int>(row & (kRing - 1));
-        const int count = static_cast<int>(stop - row);
-        add_weights(ring, slot, count, output.kept, output.zero);
-      }
-      pool_rows<G, kTwoLines>(accumulator, table, lookup, ring, row, stop, row == bag_begin, stop == bag_end, carried,
-                              output);
-      row = stop;
-    } while (row < bag_end);
+    // The bag is longer than a segment.
+    const int64_t bag_begin = bags.row;
+    const int64_t bag_end = offset_at(lookup, bag + 1) - begin;
+    float kept = 0.0f;
+    float zero = 0.0f;
+    typename Accumulator<G>::Sum sum;
+    accumulator.clear(sum);
+    while (bags.row < bag_end) {
+      const int64_t stop = std::min(bag_end, bags.row + kSegment);
+      locate_until(stop + kBlock);
+      add_weights_of(ring, bags.row, stop, bags.mixed_end, kept, zero);
+      pool_long(accumulator, sum, table.weights, ring, bags.row, stop);
+      bags.row = stop;
+    }
+    accumulator.finish(sum, table, kept, zero, factor_of(bags, bag_end - bag_begin), lookup.output, lookup.output_type,
+                       bags.position);
+    bags.bag += 1;
+    bags.position += lookup.output_stride;
   }
 }
 
 template <int G, class Index>
 void lookup_feature(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults) {
   const Locator locator(*lookup.features[f].table);
-  if constexpr (Accumulator<G>::kHasOneLine) {
-    if (locator.one_line()) {
-      lookup_rows<G, Index, false>(lookup, f, first, last, faults, locator);
-      return;
+  auto pool = &pool_bags<G, Rows::Any>;
+  auto pool_long = &pool_segment<G, Rows::Any>;
+  if constexpr (Accumulator<G>::kHasVariants) {
+    switch (locator.rows()) {
+      case Rows::Any:
+        break;
+      case Rows::Narrow:
+        pool = &pool_bags<G, Rows::Narrow>;
+        pool_long = &pool_segment<G, Rows::Narrow>;
+        break;
+      case Rows::NarrowInLine:
+        pool = &pool_bags<G, Rows::NarrowInLine>;
+        pool_long = &pool_segment<G, Rows::NarrowInLine>;
+        break;
+      case Rows::Bytes:
+        pool = &pool_bags<G, Rows::Bytes>;
+        pool_long = &pool_segment<G, Rows::Bytes>;
+        break;
     }
   }
-  lookup_rows<G, Index, true>(lookup, f, first, last, faults, locator);
+  lookup_rows<G, Index>(lookup, f, first, last, faults, locator, pool, pool_long);
 }
 
 template <int G>

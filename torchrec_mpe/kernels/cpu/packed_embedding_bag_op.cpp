@@ -155,6 +155,9 @@ class PackedTables {
     }
     TORCH_CHECK_VALUE(start >= 0 && start % kLineBytes == 0 && start <= end - bytes, "table ", t,
                       ": its directory of ", bytes, " bytes at ", start, " does not end before ", end);
+    TORCH_CHECK_VALUE(table.kind != Directory::Remap ||
+                          reinterpret_cast<uintptr_t>(directory.const_data_ptr<uint8_t>()) % 4 == 0,
+                      "directory must start at a multiple of 4 bytes for table ", t, "'s remap");
     table.directory = directory.const_data_ptr<uint8_t>() + start;
     table.nibbles = table.directory + (table.kind == Directory::BitmapNibble ? bitmap_bytes : 0);
     table.nibble_lines = table.kind == Directory::Nibble ? bytes / kLineBytes
@@ -212,9 +215,10 @@ std::vector<int64_t> split_bags(const Tensor& offsets, int64_t bags, int64_t par
 void raise(const Faults& faults, const Lookup& lookup, at::IntArrayRef feature_table_map, const Tensor& indices,
            int64_t bounds_check_mode) {
   if (faults.bad_offset >= 0) {
-    TORCH_CHECK_VALUE(false, "offsets must go from 0 to the ", lookup.num_indices,
-                      " ids and not decrease, they do not at bag ", faults.bad_offset % lookup.batch, " of feature ",
-                      faults.bad_offset / lookup.batch);
+    const int64_t f = faults.bad_offset / lookup.batch;
+    TORCH_CHECK_VALUE(false, "table ", feature_table_map[f], ", feature ", f, ": offsets must go from 0 to the ",
+                      lookup.num_indices, " ids and not decrease, they do not at bag ",
+                      faults.bad_offset % lookup.batch);
   }
   if (bounds_check_mode == kFatal && faults.bad_ids > 0) {
     const int64_t f = faults.bad_id_feature;
@@ -224,8 +228,8 @@ void raise(const Faults& faults, const Lookup& lookup, at::IntArrayRef feature_t
                       lookup.features[f].table->num_rows, ")");
   }
   if (faults.damaged_feature >= 0) {
-    TORCH_CHECK_VALUE(false, "table ", feature_table_map[faults.damaged_feature],
-                      ": its directory or runs lead outside the weights");
+    TORCH_CHECK_VALUE(false, "table ", feature_table_map[faults.damaged_feature], ", feature ",
+                      faults.damaged_feature, ": the table's directory or runs lead outside its rows");
   }
 }
 

@@ -9,8 +9,8 @@ class Locator {
  public:
   explicit Locator(const PackedTable& table) : table_(table) {}
 
-  bool one_line() const {
-    return false;
+  Rows rows() const {
+    return Rows::Any;
   }
 
   Located locate(const float* weights, int first, int count, Ring& ring) const {

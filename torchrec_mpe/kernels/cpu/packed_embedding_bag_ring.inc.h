@@ -23,3 +23,11 @@ struct Located {
   bool damaged;  // a row outside the weights, now one of 0 bits
   bool mixed;    // a row whose kept is not 1 or whose zero is not 0
 };
+
+// What is known of all rows of a table, for an accumulator that makes use of it.
+enum class Rows {
+  Any,
+  Narrow,        // 7 bits at most, or 16 elements at most
+  NarrowInLine,  // the same, and no group of 64 elements crosses a line of 64 bytes
+  Bytes,         // 8 bits
+};

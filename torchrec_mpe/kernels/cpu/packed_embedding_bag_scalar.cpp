@@ -18,23 +18,22 @@ template <int G>
 class Accumulator {
  public:
   static constexpr bool kLongRows = G == 0;
-  static constexpr bool kHasOneLine = false;
+  static constexpr bool kHasVariants = false;
 
   Accumulator(int dim, int blocks) : dim_(dim), blocks_(blocks), sum_(static_cast<size_t>(blocks) * 8) {}
 
+  template <Rows kRows>
   struct Registers {};
 
   struct Sum {};
 
-  void clear(Sum&, bool starts) {
-    if (starts) {
-      std::fill(sum_.begin(), sum_.end(), 0.0f);
-    }
+  void clear(Sum&) {
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
   }
 
   // Adds scale * code for every element of a row; reads up to 7 bytes beyond it.
-  template <bool kTwoLines>
-  void add(Sum&, const Registers&, const uint8_t* weights, const Ring& ring, int slot) {
+  template <Rows kRows>
+  void add(Sum&, const Registers<kRows>&, const uint8_t* weights, const Ring& ring, int slot) {
     const uint8_t* row = weights + ring.start[slot];
     const int bits = ring.bits[slot];
     const float scale = ring.scale[slot];
@@ -49,6 +48,9 @@ class Accumulator {
       }
     }
   }
+
+  template <Rows kRows>
+  void unbias(Sum&, float) {}
 
   void finish(const Sum&, const PackedTable& table, float kept, float zero, float factor, void* output, OutputType type,
               int64_t position) const {
