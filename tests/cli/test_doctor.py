@@ -52,6 +52,15 @@ def test_good_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "available (C++ operators, avx2)" in text and "not available (Triton kernels)" in text
 
 
+def test_operators_that_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"available": ["reference"], "problem": "lib.so is not built: run make", "capability": None}
+    code, found, text = examine(monkeypatch, TESTED, {**WORKS, "backends": {"facts": facts}})
+    assert code != 0 and "not available (C++ operators)" in text
+    assert found["problems"] == [
+        {"problem": "lookups and training steps are slow, for lib.so is not built", "remedy": "run make"}
+    ]
+
+
 def test_mix_that_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     code, found, _ = examine(monkeypatch, {"torch": "2.14.0", "fbgemm-gpu": "1.9.0", "torchrec": "1.9.2"})
     assert code == 0

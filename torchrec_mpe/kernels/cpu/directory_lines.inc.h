@@ -1,4 +1,5 @@
-// Reading a directory, one row at a time. Included inside an instruction set's namespace, after <cstring>.
+// Reading a directory, one row at a time. Included inside an instruction set's namespace, after <cstring> and
+// low_bits(word, count): the lowest `count` bits of a word, none if count < 0, all if it is above 63.
 
 inline uint64_t load_u64(const uint8_t* bytes) {
   uint64_t word;
@@ -14,8 +15,7 @@ inline int32_t bitmap_rank(const uint8_t* directory, int32_t row) {
   const int word = bit / 64;
   uint64_t rank = load_u64(line);
   for (int k = 0; k < 7; ++k) {
-    const uint64_t before = k < word ? ~0ull : k == word ? (1ull << (bit % 64)) - 1 : 0;
-    rank += __builtin_popcountll(load_u64(words + 8 * k) & before);
+    rank += __builtin_popcountll(low_bits(load_u64(words + 8 * k), bit - 64 * k));
   }
   const bool present = load_u64(words + 8 * word) >> (bit % 64) & 1;
   return present ? static_cast<int32_t>(rank & 0x7fffffff) : kZeroBits;

@@ -18,6 +18,11 @@ namespace avx2 {
 #include "output.inc.h"
 
 #include "packed_embedding_bag_ring.inc.h"
+
+inline uint64_t low_bits(uint64_t word, int count) {
+  return _bzhi_u64(word, static_cast<unsigned>(std::min(std::max(count, 0), 64)));
+}
+
 #include "directory_lines.inc.h"
 
 // How the 8 codes of a block are cut out of its 64-bit word: two vectors of shifts, whose low halves interleave to
@@ -84,7 +89,8 @@ class Accumulator {
 
   // Adds scale * code for every element of a row; reads up to 7 bytes beyond it.
   template <Rows kRows>
-  __attribute__((always_inline)) void add(Sum& sum, const Registers<kRows>&, const uint8_t* weights, const Ring& ring, int slot) {
+  __attribute__((always_inline)) void add(Sum& sum, const Registers<kRows>&, const uint8_t* weights, const Ring& ring,
+                                          int slot) {
     const uint8_t* row = weights + ring.start[slot];
     const int bits = ring.bits[slot];
     const float scale = ring.scale[slot];
@@ -93,7 +99,8 @@ class Accumulator {
     if (G == 0) {
       for (int k = 0; k < blocks_; ++k) {
         const __m256 before = _mm256_loadu_ps(memory_.data() + 8 * k);
-        _mm256_storeu_ps(memory_.data() + 8 * k, _mm256_fmadd_ps(codes_of_block(row + k * bits, width), scales, before));
+        const __m256 codes = codes_of_block(row + k * bits, width);
+        _mm256_storeu_ps(memory_.data() + 8 * k, _mm256_fmadd_ps(codes, scales, before));
       }
       return;
     }
@@ -106,8 +113,8 @@ class Accumulator {
   template <Rows kRows>
   void unbias(Sum&, float) {}
 
-  __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero, float factor, void* output, OutputType type,
-              int64_t position) {
+  __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero,
+                                             float factor, void* output, OutputType type, int64_t position) {
 #pragma GCC unroll 8
     for (int k = 0; k < (G == 0 ? blocks_ : G); ++k) {
       __m256 total = G == 0 ? _mm256_loadu_ps(memory_.data() + 8 * k) : sum.vectors[k];

@@ -159,8 +159,8 @@ inline float factor_of(const Bags& bags, int64_t count) {
   return bags.mean && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
 }
 
-// Pools bags of one segment as long as their rows end before `limit`; returns false at offsets that decrease or leave the rows. A
-// function of its own, with nothing called between bags: what the loops need stays in registers.
+// Pools bags of one segment as long as their rows end before `limit`; returns false at offsets that decrease or leave
+// the rows. A function of its own, with nothing called between bags: what the loops need stays in registers.
 template <int G, Rows kRows>
 __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags, int64_t limit) {
   const typename Accumulator<G>::template Registers<kRows> registers;

@@ -24,7 +24,8 @@ std::string name_of(at::ScalarType dtype) {
 }
 
 void check_tensor(const Tensor& tensor, const char* name, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(tensor.scalar_type()));
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ",
+                   name_of(tensor.scalar_type()));
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU like weights, it is on ", tensor.device());
 }

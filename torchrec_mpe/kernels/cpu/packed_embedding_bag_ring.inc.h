@@ -2,7 +2,7 @@
 
 constexpr int kBlock = 32;              // rows that a step handles at a time, and how far ahead rows are fetched
 constexpr int kRing = 8 * kBlock;       // slots of the ring
-constexpr int kSegment = 4 * kBlock;    // rows of a bag that are accumulated at a time; blocks ahead of them fit as well
+constexpr int kSegment = 4 * kBlock;    // rows of a bag that are added at a time; blocks ahead of them fit as well
 constexpr int32_t kPruned = -1;         // ranks of rows that add nothing
 constexpr int32_t kZeroBits = -2;       // and of 0-bit rows that a bitmap leaves out
 

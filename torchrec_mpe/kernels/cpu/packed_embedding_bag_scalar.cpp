@@ -11,6 +11,11 @@ namespace scalar {
 #include "output.inc.h"
 
 #include "packed_embedding_bag_ring.inc.h"
+
+inline uint64_t low_bits(uint64_t word, int count) {
+  return count <= 0 ? 0 : count >= 64 ? word : word & ((1ull << count) - 1);
+}
+
 #include "directory_lines.inc.h"
 
 // One bag's sum, any dimension. G is not used.

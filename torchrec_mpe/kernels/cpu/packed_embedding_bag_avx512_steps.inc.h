@@ -1,0 +1,259 @@
+// The steps' work on a block of rows with AVX-512, 8 or 16 rows at a time. Included by packed_embedding_bag_avx512.cpp,
+// after packed_embedding_bag_steps.inc.h.
+
+int resolve_ids(const int64_t* ids, int count, int64_t num_rows, int32_t* ranks) {
+  const __m512i rows = _mm512_set1_epi64(num_rows);
+  const __m512i pruned_id = _mm512_set1_epi64(-1);
+  int bad = 0;
+  for (int i = 0; i < count; i += 8) {
+    const __mmask8 live = count - i >= 8 ? 0xff : static_cast<__mmask8>((1u << (count - i)) - 1);
+    const __m512i id = _mm512_maskz_loadu_epi64(live, ids + i);
+    const __mmask8 inside = _mm512_cmplt_epu64_mask(id, rows);
+    const __mmask8 pruned = _mm512_cmpeq_epi64_mask(id, pruned_id);
+    bad += __builtin_popcount(live & static_cast<unsigned>(~inside & ~pruned & 0xff));
+    const __m512i rank = _mm512_mask_mov_epi64(_mm512_maskz_mov_epi64(inside, id), pruned, pruned_id);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ranks + i), _mm512_cvtepi64_epi32(rank));
+  }
+  return bad;
+}
+
+int resolve_ids(const int32_t* ids, int count, int64_t num_rows, int32_t* ranks) {
+  const __m512i rows = _mm512_set1_epi32(static_cast<int32_t>(num_rows));
+  const __m512i pruned_id = _mm512_set1_epi32(-1);
+  int bad = 0;
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 live = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __m512i id = _mm512_maskz_loadu_epi32(live, ids + i);
+    const __mmask16 inside = _mm512_cmplt_epu32_mask(id, rows);
+    const __mmask16 pruned = _mm512_cmpeq_epi32_mask(id, pruned_id);
+    bad += __builtin_popcount(live & static_cast<unsigned>(~inside & ~pruned & 0xffff));
+    const __m512i rank = _mm512_mask_mov_epi32(_mm512_maskz_mov_epi32(inside, id), pruned, pruned_id);
+    _mm512_storeu_si512(ranks + i, rank);
+  }
+  return bad;
+}
+
+// Sum of the widths of the rows before `position` in a nibble line, whose first 4 bytes are no widths.
+inline uint32_t widths_before_512(const uint8_t* line, int position) {
+  const __m512i bytes = _mm512_loadu_si512(line);
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  const uint64_t whole = ((1ull << (position / 2)) - 1) << 4;        // bytes of which both rows come before
+  const uint64_t lower = ((1ull << ((position + 1) / 2)) - 1) << 4;  // and of which the lower one does
+  const __m512i low = _mm512_maskz_mov_epi8(lower, _mm512_and_si512(bytes, low_nibble));
+  const __m512i high = _mm512_maskz_mov_epi8(whole, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_nibble));
+  const __m512i sums = _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512());
+  return static_cast<uint32_t>(_mm512_reduce_add_epi64(sums));
+}
+
+inline __mmask16 live_of(int left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+// Ranks to rows, 16 at a time. A table's few runs are checked once and kept in registers' shape: a rank's run is the
+// number of starts at or before it, and a permutation by that number gives the run's record.
+class Locator {
+ public:
+  explicit Locator(const PackedTable& table) : table_(table) {
+    // A bitmap's ranks are as good as its lines: they are checked one by one.
+    few_runs_ = (table.kind == Directory::Ranked || table.kind == Directory::Remap) && table.num_runs > 0 &&
+                table.num_runs <= kFewRuns;
+    std::copy_n(table.alpha, kMaxBits + 1, alpha_);
+    if (table.blocks <= 2) {
+      rows_ = Rows::Narrow;  // 16 elements take the bias at any width
+    }
+    // Only if runs start in order does a rank's run end behind it.
+    for (int32_t k = 1; few_runs_ && k < table.num_runs; ++k) {
+      few_runs_ = table.run_starts[k] >= (k == 1 ? 0 : table.run_starts[k - 1]);
+    }
+    if (!few_runs_) {
+      scale_for_bias();
+      return;
+    }
+    bool in_line = table.blocks % 8 == 0 || 8 % table.blocks == 0;
+    bool bytes = true;
+    bool narrow = true;
+    for (int k = 0; k < table.num_runs; ++k) {
+      const RunRecord& run = table.runs[k];
+      const int64_t first = k == 0 ? 0 : table.run_starts[k];
+      const int64_t end = k + 1 < table.num_runs ? table.run_starts[k + 1] : table.num_rows;
+      starts_[k] = k == 0 ? 0 : table.run_starts[k];
+      bytes &= run.bits == kMaxBits;
+      if (run.bits == 0) {
+        continue;
+      }
+      const int64_t row_bytes = static_cast<int64_t>(table.blocks) * run.bits;
+      const int64_t limit = table.weights_bytes - kEndPadding;
+      // Offsets within the limit's square cannot overflow when ranks below 2^31 are added.
+      const bool inside = run.bits <= kMaxBits && run.row_bytes == row_bytes && first <= end && end <= table.num_rows &&
+                          run.offset >= -limit - row_bytes * table.num_rows && run.offset <= limit &&
+                          run.offset + first * row_bytes >= 0 && run.offset + end * row_bytes <= limit;
+      damaged_ |= !inside;
+      // No group of 64 elements of a row crosses a line if their 8 * bits bytes divide it.
+      in_line &= inside && (run.bits & (run.bits - 1)) == 0 && (run.offset + first * row_bytes) % kLineBytes == 0;
+      narrow &= run.bits < kMaxBits;
+      offsets_[k] = inside ? run.offset : 0;
+      bits_[k] = inside ? run.bits : 0;
+    }
+    if (table.blocks > 2) {
+      rows_ = bytes ? Rows::Bytes : !narrow ? Rows::Any : in_line ? Rows::NarrowInLine : Rows::Narrow;
+    }
+    scale_for_bias();
+  }
+
+  Rows rows() const {
+    return rows_;
+  }
+
+  Located locate(const float* weights, int first, int count, Ring& ring) const {
+    if (few_runs_) {
+      return weights == nullptr ? locate_few<false>(weights, first, count, ring)
+                                : locate_few<true>(weights, first, count, ring);
+    }
+    Places places;
+    if (table_.nibble_lines > 0) {
+      find_in_nibbles<widths_before_512>(table_, ring.rank + first, count, places);
+    } else {
+      find_in_runs(table_, ring.rank + first, count, places);
+    }
+    Located found{false, false};
+    for (int i = 0; i < count; i += 16) {
+      const __mmask16 live = live_of(count - i);
+      const __m512i rank = _mm512_load_si512(ring.rank + first + i);
+      const __m512i bits = _mm512_load_si512(places.bits + i);
+      const __m512i low = _mm512_load_si512(places.offset + i);
+      const __m512i high = _mm512_load_si512(places.offset + i + 8);
+      const __m512i row_bytes = _mm512_mullo_epi32(bits, _mm512_set1_epi32(table_.blocks));
+      const __mmask16 inside = _mm512_cmple_epu32_mask(bits, _mm512_set1_epi32(kMaxBits)) &
+                               (inside_8(low, _mm512_castsi512_si256(row_bytes)) |
+                                inside_8(high, _mm512_extracti64x4_epi64(row_bytes, 1)) << 8);
+      const __mmask16 row = _mm512_cmpge_epi32_mask(rank, _mm512_setzero_si512());
+      found.damaged |= (row & live & static_cast<__mmask16>(~inside)) != 0;
+      found.mixed |= put_16<true>(weights == nullptr ? nullptr : weights + i, first + i, live, rank,
+                                  row & inside & _mm512_test_epi32_mask(bits, bits), low, high, bits, ring);
+    }
+    return found;
+  }
+
+ private:
+  // A code with the bias is 2^(7 - bits) times itself.
+  void scale_for_bias() {
+    for (int bits = 0; bits <= kMaxBits && rows_ != Rows::Any && rows_ != Rows::Bytes; ++bits) {
+      alpha_[bits] = std::ldexp(alpha_[bits], bits - 7);
+    }
+  }
+
+  int inside_8(__m512i offset, __m256i row_bytes) const {
+    const __m512i limit = _mm512_set1_epi64(table_.weights_bytes - kEndPadding);
+    const __m512i last = _mm512_sub_epi64(limit, _mm512_cvtepu32_epi64(row_bytes));
+    return _mm512_cmple_epi64_mask(offset, last) & _mm512_cmpge_epi64_mask(offset, _mm512_setzero_si512());
+  }
+
+  template <bool kWeighted>
+  Located locate_few(const float* weights, int first, int count, Ring& ring) const {
+    const __m512i starts = _mm512_load_si512(starts_);
+    const __m512i offsets_low = _mm512_load_si512(offsets_);
+    const __m512i offsets_high = _mm512_load_si512(offsets_ + 8);
+    const __m512i widths = _mm512_load_si512(bits_);
+    Located found{damaged_, false};
+    for (int i = 0; i < count; i += 16) {
+      const __m512i rank = _mm512_load_si512(ring.rank + first + i);
+      __m512i run = _mm512_setzero_si512();
+      for (int k = 1; k < table_.num_runs; ++k) {
+        const __m512i start = _mm512_permutexvar_epi32(_mm512_set1_epi32(k), starts);
+        run = _mm512_mask_add_epi32(run, _mm512_cmpge_epi32_mask(rank, start), run, _mm512_set1_epi32(1));
+      }
+      const __m512i bits = _mm512_permutexvar_epi32(run, widths);
+      const __m512i row_bytes = _mm512_mullo_epi32(bits, _mm512_set1_epi32(table_.blocks));
+      const auto offset_8 = [&](__m256i run_8, __m256i size_8, __m256i rank_8) {
+        const __m512i base = _mm512_permutex2var_epi64(offsets_low, _mm512_cvtepu32_epi64(run_8), offsets_high);
+        const __m512i rows = _mm512_mul_epu32(_mm512_cvtepu32_epi64(rank_8), _mm512_cvtepu32_epi64(size_8));
+        return _mm512_add_epi64(base, rows);
+      };
+      const __m512i low =
+          offset_8(_mm512_castsi512_si256(run), _mm512_castsi512_si256(row_bytes), _mm512_castsi512_si256(rank));
+      const __m512i high = offset_8(_mm512_extracti64x4_epi64(run, 1), _mm512_extracti64x4_epi64(row_bytes, 1),
+                                    _mm512_extracti64x4_epi64(rank, 1));
+      const __mmask16 row = _mm512_cmpge_epi32_mask(rank, _mm512_setzero_si512());
+      found.mixed |= put_16<kWeighted>(kWeighted ? weights + i : nullptr, first + i, live_of(count - i), rank,
+                                       row & _mm512_test_epi32_mask(bits, bits), low, high, bits, ring);
+    }
+    return found;
+  }
+
+  // 16 rows, of which `stored` lie in the weights, to the ring; returns whether any is mixed.
+  template <bool kWeighted>
+  __attribute__((always_inline)) bool put_16(const float* weights, int slot, __mmask16 live, __m512i rank,
+                                             __mmask16 stored, __m512i low, __m512i high, __m512i bits,
+                                             Ring& ring) const {
+    const __m512i width = _mm512_maskz_mov_epi32(stored, bits);
+    const __m512i last_byte = _mm512_mask_sub_epi32(
+        width, stored, _mm512_mullo_epi32(width, _mm512_set1_epi32(table_.blocks)), _mm512_set1_epi32(1));
+    const __m256i position_low =
+        put_8(slot, static_cast<__mmask8>(stored), low, _mm512_castsi512_si256(last_byte), ring);
+    const __m256i position_high = put_8(slot + 8, static_cast<__mmask8>(stored >> 8), high,
+                                        _mm512_extracti64x4_epi64(last_byte, 1), ring);
+    const __m512i position = _mm512_inserti64x4(_mm512_castsi256_si512(position_low), position_high, 1);
+    // Short rows: which of permute_16 they need. Others: the place in the line, in each of the four bytes.
+    _mm512_store_si512(ring.position + slot,
+                       table_.blocks <= 2 ? _mm512_add_epi32(_mm512_slli_epi32(width, 4), position)
+                                          : _mm512_mullo_epi32(position, _mm512_set1_epi32(0x01010101)));
+    _mm512_store_si512(ring.bits + slot, width);
+    const __m512 alpha = _mm512_permutexvar_ps(width, _mm512_load_ps(alpha_));
+    const bool mixed = kWeighted || (stored & live) != live;
+    __m512 weight = _mm512_set1_ps(1.0f);
+    if (kWeighted && weights != nullptr) {
+      weight = _mm512_maskz_loadu_ps(live, weights);
+    }
+    weight = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(rank, _mm512_set1_epi32(kPruned)), weight);
+    _mm512_store_ps(ring.scale + slot, _mm512_maskz_mul_ps(stored, weight, alpha));
+    _mm512_store_ps(ring.kept + slot, _mm512_maskz_mov_ps(stored, weight));
+    _mm512_store_ps(ring.zero + slot, _mm512_maskz_mov_ps(static_cast<__mmask16>(~stored), weight));
+    return mixed;
+  }
+
+  // Where 8 rows are read from, and where in that they start.
+  __attribute__((always_inline)) __m256i put_8(int slot, __mmask8 stored, __m512i offset, __m256i last_byte,
+                                               Ring& ring) const {
+    const __m512i start = _mm512_maskz_mov_epi64(stored, offset);
+    const __m512i last = _mm512_add_epi64(start, _mm512_cvtepu32_epi64(last_byte));
+    const __m512i line = _mm512_set1_epi64(-kLineBytes);
+    __m512i read = _mm512_and_si512(start, line);
+    if (table_.blocks <= 2) {
+      // The 16 bytes from the row's first on, or the last 16 of the line in which it ends: no other line is touched.
+      const __m512i last_16 = _mm512_or_si512(_mm512_and_si512(last, line), _mm512_set1_epi64(kLineBytes - 16));
+      read = _mm512_min_epi64(start, last_16);
+    }
+    _mm512_store_si512(ring.start + slot, read);
+    _mm512_store_si512(ring.last + slot, last);
+    return _mm512_cvtepi64_epi32(_mm512_sub_epi64(start, read));
+  }
+
+  const PackedTable& table_;
+  bool few_runs_ = false;
+  Rows rows_ = Rows::Any;
+  bool damaged_ = false;
+  alignas(64) float alpha_[kFewRuns] = {};  // of each width, for what the accumulator sums
+  alignas(64) int32_t starts_[kFewRuns] = {};
+  alignas(64) int64_t offsets_[kFewRuns] = {};
+  alignas(64) int32_t bits_[kFewRuns] = {};
+};
+
+inline void add_weights(const Ring& ring, int first, int count, float& kept, float& zero) {
+  __m512 kept_sum = _mm512_setzero_ps();
+  __m512 zero_sum = _mm512_setzero_ps();
+  for (int i = 0; i < count; i += 16) {
+    const int slot = (first + i) & (kRing - 1);
+    const __mmask16 live = live_of(count - i);
+    const __mmask16 unwrapped = live & live_of(kRing - slot);
+    kept_sum = _mm512_add_ps(kept_sum, _mm512_maskz_loadu_ps(unwrapped, ring.kept + slot));
+    zero_sum = _mm512_add_ps(zero_sum, _mm512_maskz_loadu_ps(unwrapped, ring.zero + slot));
+    if (unwrapped != live) {
+      // In the lanes where they would be without the wrap: a sum does not depend on where its bag is in the ring.
+      const __mmask16 wrapped = live & static_cast<__mmask16>(~unwrapped);
+      kept_sum = _mm512_add_ps(kept_sum, _mm512_maskz_expandloadu_ps(wrapped, ring.kept));
+      zero_sum = _mm512_add_ps(zero_sum, _mm512_maskz_expandloadu_ps(wrapped, ring.zero));
+    }
+  }
+  kept += _mm512_reduce_add_ps(kept_sum);
+  zero += _mm512_reduce_add_ps(zero_sum);
+}
