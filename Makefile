@@ -26,9 +26,9 @@ $(VENV)/.installed: pyproject.toml tools/install.sh
 # The C++ operators, in place; again whenever one of their sources changes.
 $(VENV)/.built: setup.py $(KERNELS) $(VENV)/.installed
 	@echo "building the C++ operators" >&2
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace >build-operators.log 2>&1 \
-		|| { tail -n 30 build-operators.log >&2; exit 2; }
-	@rm build-operators.log
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace >$(VENV)/build-operators.log 2>&1 \
+		|| { tail -n 30 $(VENV)/build-operators.log >&2; exit 2; }
+	@rm $(VENV)/build-operators.log
 	@touch $@
 
 demo: setup

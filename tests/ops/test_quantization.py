@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.every_backend import CPU, FAST, on
-from torchrec_mpe.ops import expected_quantization, fixed_quantization, use_backend
+from torchrec_mpe.ops import expected_quantization, fixed_quantization, triton_backend, use_backend
 
 ALL_BITS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -309,3 +309,103 @@ def test_backend_by_name() -> None:
         expected_quantization(*args, (0, 2), scale, backend="fast")
     with pytest.raises(ValueError, match="no backend fast"), use_backend("fast"):
         pass
+
+
+def calls(leaves: dict[str, Tensor], group: Tensor, table: Tensor, scale: Tensor, bits: tuple[int, ...]):
+    """Arguments of the search op and of the retraining op."""
+    rest = leaves["alpha"], leaves["beta"], leaves["zero_rows"], table, bits, scale
+    return {
+        "expected_quantization": (leaves["rows"], leaves["probabilities"], group, *rest),
+        "fixed_quantization": (leaves["rows"], group % len(bits), *rest),
+    }
+
+
+OPS = ["expected_quantization", "fixed_quantization"]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("bits", [(1, 2, 3, 4, 5, 6, 7, 8, 8), (0, 4, 4), (0, 0)])
+def test_repeated_candidates_are_refused(op: str, bits: tuple[int, ...]) -> None:
+    leaves, group, table, scale = example(bits)
+    arguments = calls(leaves, group, table, scale, bits)[op]
+    front_end = {"expected_quantization": expected_quantization, "fixed_quantization": fixed_quantization}[op]
+    for run in (front_end, getattr(torch.ops.torchrec_mpe, op)):
+        with pytest.raises(ValueError, match=rf"candidate bit-widths \[.*\] repeat {bits[-1]}"):
+            run(*arguments)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool])
+def test_other_integers_are_refused(dtype: torch.dtype) -> None:
+    leaves, group, table, scale = example((0, 2))
+    lines = leaves["alpha"], leaves["beta"], leaves["zero_rows"]
+    with pytest.raises(TypeError, match="expected an integer tensor"):
+        fixed_quantization(leaves["rows"], (group % 2).to(dtype), *lines, table, (0, 2), scale)
+    with pytest.raises(TypeError, match="expected an integer tensor"):
+        fixed_quantization(leaves["rows"], group % 2, *lines, table.to(dtype), (0, 2), scale)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_integers_of_five_types(dtype: torch.dtype) -> None:
+    leaves, group, table, scale = example((0, 2, 5))
+    args = leaves["rows"], leaves["probabilities"], group, leaves["alpha"], leaves["beta"], leaves["zero_rows"], table
+    ours = expected_quantization(*args[:2], group.to(dtype), *args[3:6], table.to(dtype), (0, 2, 5), scale)
+    torch.testing.assert_close(ours, twin(*args, (0, 2, 5), scale), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(63, 5), (64, 4), (65, 5), (320,), ()])
+def test_gradient_of_another_shape_is_refused(op: str, shape: tuple[int, ...]) -> None:
+    leaves, group, table, scale = example((0, 2))
+    arguments = calls(leaves, group, table, scale, (0, 2))[op]
+    grad = torch.zeros(shape, dtype=torch.float64)
+    kernels = triton_backend.CUDA_QUANTIZATION[f"{op}_backward"], getattr(torch.ops.torchrec_mpe, f"{op}_backward")
+    for run in kernels:
+        with pytest.raises(ValueError, match=r"grad must be \[64, 5\] like the output"):
+            run(grad, *arguments)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors_have_shapes_and_gradients(op: str) -> None:
+    leaves, group, table, scale = example((0, 2))
+    arguments = [
+        a.detach().to("meta").requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in calls(leaves, group, table, scale, (0, 2))[op]
+    ]
+    front_end = {"expected_quantization": expected_quantization, "fixed_quantization": fixed_quantization}[op]
+    out = front_end(*arguments)
+    assert out.device.type == "meta" and out.shape == (64, 5) and out.dtype == torch.float64
+    out.sum().backward()
+    for leaf in arguments:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            assert leaf.grad is not None and leaf.grad.device.type == "meta" and leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("name", sorted(triton_backend.CUDA_QUANTIZATION))
+def test_cuda_kernels_are_registered(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torchrec_mpe::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("zero", [True, False])
+def test_cuda_kernels_equal_those_of_the_cpu(op: str, zero: bool) -> None:
+    """What is registered for CUDA, called with the arguments that the dispatcher passes; Triton interprets."""
+    bits = (0, 2, 5)
+    leaves, group, table, scale = example(bits, zero=zero)
+    arguments = calls(leaves, group, table if zero else None, scale, bits)[op]
+    # Lists come from the dispatcher.
+    plain = [a.detach() if isinstance(a, Tensor) else list(a) if isinstance(a, tuple) else a for a in arguments]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = [a.to(device) if isinstance(a, Tensor) else a for a in plain]
+    grad = torch.randn(64, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ours = triton_backend.CUDA_QUANTIZATION[op](*there)
+    torch.testing.assert_close(ours.cpu(), getattr(torch.ops.torchrec_mpe, op)(*plain), rtol=1e-12, atol=1e-12)
+    got = triton_backend.CUDA_QUANTIZATION[f"{op}_backward"](grad.to(device), *there)
+    want = getattr(torch.ops.torchrec_mpe, f"{op}_backward")(grad, *plain)
+    assert len(got) == len(want) == 6
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)

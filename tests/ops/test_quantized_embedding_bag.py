@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.ops.every_backend import CPU, FAST, on
 from tests.ops.test_quantization import lsq
+from torchrec_mpe.ops import triton_backend
 from torchrec_mpe.ops.quantized_embedding_bag import (
     expected_embedding_bag,
     fixed_embedding_bag,
@@ -315,12 +316,27 @@ def test_compiles_into_one_graph() -> None:
         ({"offsets": torch.tensor([0, 2, 1])}, ValueError, "offsets decrease at bag 1"),
         ({"offsets": torch.tensor([0, 1, 2])}, ValueError, "offsets span 2 of 3 ids"),
         ({"offsets": torch.tensor([0, 3])}, ValueError, r"offsets must be \[3\]"),
-        ({"num_rows": [5]}, IndexError, "feature 0 has rows 0 to 5, of 4"),
+        ({"num_rows": [5]}, IndexError, "feature 0 has 5 rows from 0, of 4"),
         ({"table": [2]}, IndexError, "feature 0 is of table 2, of 1"),
         ({"lines": torch.full((4,), 9)}, IndexError, "9 is not in 0 to 1"),
         ({"num_rows": [0]}, IndexError, "feature 0 looks up ids in a table of no rows"),
         ({"index": torch.tensor([0, 1, 5]), "row_offsets": torch.tensor([0, 3])}, IndexError, "index of id 2 is 5"),
         ({"index": torch.tensor([0, 1, 2])}, ValueError, "an index needs row_offsets"),
+        ({"index": torch.tensor([[0, 1, 2]])}, ValueError, "one index an id"),
+        (
+            # A distinct id of a feature without rows, which no bag looks up.
+            {
+                **{"rows": torch.zeros(4, 2), "ids": torch.tensor([0, 0, 1, 2]), "offsets": torch.tensor([0, 0, 3])},
+                **{"bags": [1, 1], "first_row": [4, 0], "num_rows": [0, 4], "table": [0, 0], "pooling": [SUM, SUM]},
+                **{"index": torch.tensor([1, 2, 3]), "row_offsets": torch.tensor([0, 1, 4])},
+            },
+            IndexError,
+            "feature 0 looks up ids in a table of no rows",
+        ),
+        ({"lines": torch.zeros(4, 1, dtype=torch.int16)}, ValueError, "one group or candidate a row of the tables"),
+        ({"lines": torch.tensor(0)}, ValueError, "one group or candidate a row of the tables"),
+        ({"lines": torch.zeros(4, dtype=torch.uint16)}, TypeError, "expected an integer tensor"),
+        ({"first_row": [2**63 - 1]}, IndexError, "feature 0 has 4 rows from 9223372036854775807, of 4"),
     ],
 )
 def test_wrong_input_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -342,3 +358,143 @@ def test_wrong_input_is_refused(change: dict[str, Any], error: type[Exception], 
     quantizer = torch.full((2, 2), 0.5), torch.ones(2), torch.zeros(2), torch.zeros(1, 2), (0, 2), torch.ones(2)
     with pytest.raises(error, match=message):
         expected_embedding_bag(*where, *quantizer, None, index, row_offsets)
+
+
+@pytest.mark.parametrize(("bags", "feature"), [([-1, 3], 0), ([2, -1], 1), ([2, -2], 1)])
+def test_negative_numbers_of_bags_are_refused(bags: list[int], feature: int) -> None:
+    ids, offsets = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
+    where = ids, offsets, bags, [0, 0], [4, 4], [0, 0], [SUM, SUM]
+    lines, p = torch.zeros(4, dtype=torch.uint8), torch.full((2, 2), 0.5)
+    quantizer = torch.ones(2), torch.zeros(2), None, (0, 2), torch.ones(2), None
+    rows = torch.zeros(3, 2)
+    ops = torch.ops.torchrec_mpe
+    runs = [
+        lambda: expected_embedding_bag(rows, *where, lines, p, *quantizer),
+        lambda: fixed_embedding_bag(rows, *where, lines, *quantizer),
+        lambda: row_numbers(ids, offsets, bags, [0, 0], [4, 4]),
+        lambda: unique_ids(ids, offsets, bags, [4, 4]),
+        lambda: ops.expected_embedding_bag(rows, *where, False, lines, p, *quantizer, 1.0, None, None),
+        lambda: ops.fixed_embedding_bag(rows, *where, False, lines, *quantizer, 1.0, None, None),
+        lambda: ops.row_numbers(ids, offsets, bags, [0, 0], [4, 4]),
+        lambda: ops.unique_ids(ids, offsets, bags, [4, 4]),
+    ]
+    for run_one in runs:
+        with pytest.raises(ValueError, match=f"feature {feature} has {bags[feature]} bags"):
+            run_one()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "rows"),
+    [
+        (torch.int32, 2**31 - 2, 4),
+        (torch.int32, 2**31, 1),
+        (torch.int32, 0, 2**32 + 1),
+        (torch.int64, 2**63 - 2, 4),
+        (torch.int64, -1, 4),
+    ],
+)
+def test_row_numbers_that_ids_cannot_hold_are_refused(dtype: torch.dtype, first: int, rows: int) -> None:
+    arguments = torch.tensor([0, 3], dtype=dtype), torch.tensor([0, 0, 2]), [1, 1], [0, first], [4, rows]
+    for run_one in (row_numbers, torch.ops.torchrec_mpe.row_numbers):
+        with pytest.raises(ValueError, match=f"feature 1 has {rows} rows from {first}, which do not fit"):
+            run_one(*arguments)
+
+
+def test_row_numbers_reach_the_largest_of_the_ids_type() -> None:
+    rows = row_numbers(torch.tensor([3], dtype=torch.int32), torch.tensor([0, 1]), [1], [2**31 - 5], [4])
+    assert rows.tolist() == [2**31 - 2]
+
+
+def op_arguments(case: Case, device: str = "cpu") -> tuple[str, list[Any]]:
+    """An op's name and its arguments as the dispatcher passes them."""
+    e = example(case)
+    ids = torch.tensor([i for bags in e.ids for bag in bags for i in bag], dtype=case.id_type)
+    lengths = torch.tensor([0, *(len(bag) for bags in e.ids for bag in bags)])
+    offsets = lengths.cumsum(0).to(case.id_type) + 7
+    num_rows, first_rows = [NUM_ROWS[t] for t in TABLES], [FIRST_ROWS[t] for t in TABLES]
+    index = row_offsets = None
+    if case.indexed:
+        ids, index, row_offsets = unique_ids(ids, offsets, case.bags, num_rows)
+        row_offsets = row_offsets + 2
+        index = index + 2
+    rows = torch.randn(len(ids), case.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    probabilities = [e.leaves["probabilities"]] if case.search else []
+    quantizer = *probabilities, e.leaves["alpha"], e.leaves["beta"], e.leaves["zero_rows"], list(case.bits), e.scale
+    where = list(case.bags), first_rows, num_rows, list(TABLES), list(case.pooling), case.side_by_side
+    values = [rows, ids, offsets, *where, e.line_of_row, *quantizer, e.leaves["weights"], case.factor]
+    values = [v.detach().to(device) if isinstance(v, Tensor) else v for v in (*values, index, row_offsets)]
+    return "expected_embedding_bag" if case.search else "fixed_embedding_bag", values
+
+
+SOME = [
+    Case(weighted=True, factor=3.0),
+    Case(weighted=True, zero=False, side_by_side=True, id_type=torch.int32),
+    Case(bags=(2, 0, 3, 1), bits=(0, 3)),
+    Case(max_length=0),
+]
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("case", SOME, ids=lambda c: str(SOME.index(c)))
+def test_cuda_kernels_equal_those_of_the_cpu(case: Case, search: bool, indexed: bool) -> None:
+    """What is registered for CUDA, called with the arguments that the dispatcher passes; Triton interprets."""
+    case = replace(case, search=search, indexed=indexed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, arguments = op_arguments(case)
+    _, there = op_arguments(case, device)
+    op, backward = getattr(torch.ops.torchrec_mpe, name), getattr(torch.ops.torchrec_mpe, f"{name}_backward")
+    want = op(*arguments)
+    torch.testing.assert_close(triton_backend.CUDA_EMBEDDING_BAG[name](*there).cpu(), want, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=want.dtype)
+    for weights in (False, case.weighted):
+        theirs = backward(grad, *arguments, weights)
+        ours = triton_backend.CUDA_EMBEDDING_BAG[f"{name}_backward"](grad.to(device), *there, weights)
+        assert len(ours) == len(theirs) == 6
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("name", sorted(triton_backend.CUDA_EMBEDDING_BAG))
+def test_cuda_kernels_are_registered(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torchrec_mpe::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_gradient_of_another_shape_is_refused(side_by_side: bool, search: bool, indexed: bool) -> None:
+    name, arguments = op_arguments(Case(side_by_side=side_by_side, search=search, indexed=indexed))
+    out = getattr(torch.ops.torchrec_mpe, name)(*arguments)
+    kernels = (
+        triton_backend.CUDA_EMBEDDING_BAG[f"{name}_backward"],
+        getattr(torch.ops.torchrec_mpe, f"{name}_backward"),
+    )
+    for grad in (out[:-1], out[:, :-1], out.flatten(), out.reshape(out.shape[0] // 3, -1), out[0, 0]):
+        for backward in kernels:
+            with pytest.raises(ValueError, match="grad must be"):
+                backward(grad, *arguments, False)
+
+
+@pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("search", [True, False])
+def test_meta_tensors_have_shapes_and_gradients(search: bool, side_by_side: bool) -> None:
+    name, arguments = op_arguments(Case(weighted=True, search=search, side_by_side=side_by_side), "meta")
+    for value in arguments:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    *rest, factor, index, row_offsets = arguments
+    where, quantizer = rest[:8], rest[9:]
+    front_end = expected_embedding_bag if name == "expected_embedding_bag" else fixed_embedding_bag
+    out = front_end(*where, *quantizer, index, row_offsets, gradient_factor=factor, side_by_side=side_by_side)
+    assert out.device.type == "meta" and out.shape == ((3, 20) if side_by_side else (12, 5))
+    out.sum().backward()
+    alpha, weights = quantizer[-6], quantizer[-1]
+    for leaf in (arguments[0], alpha, weights):
+        assert leaf.grad is not None and leaf.grad.device.type == "meta" and leaf.grad.shape == leaf.shape
+    numbers = row_numbers(arguments[1], arguments[2], *arguments[3:6])
+    assert numbers.device.type == "meta" and numbers.shape == arguments[1].shape

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops import library
-from torchrec_mpe.ops.backends import available_backends, implementation, register
+from torchrec_mpe.ops import library, triton_backend
+from torchrec_mpe.ops.backends import implementation, register
 from torchrec_mpe.ops.reference import expected_quantization as reference_of_expected
 from torchrec_mpe.ops.reference import fixed_quantization as reference_of_fixed
 
@@ -44,7 +44,7 @@ def expected_quantization(
         beta (Tensor): [D] offset.
         zero_rows (Optional[Tensor]): [T, D], what a 0-bit row of each table reads; None reads zero.
         table (Optional[Tensor]): integer [N], each row's line of ``zero_rows``; needed with ``zero_rows``.
-        candidate_bits (Sequence[int]): m bit-widths, each 0 to 8.
+        candidate_bits (Sequence[int]): m different bit-widths, each 0 to 8.
         gradient_scale (Tensor): [m].
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.
 
@@ -54,11 +54,11 @@ def expected_quantization(
     Raises:
         IndexError: if a group or table number is out of range.
         TypeError: if the floating point tensors differ in dtype.
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or a candidate bit-width is repeated or not in 0 to 8.
     """
     run = implementation("expected_quantization", backend)
     result: Tensor = run(
-        rows, probabilities, group, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
+        rows, probabilities, group, alpha, beta, zero_rows, table, check_candidates(candidate_bits), gradient_scale
     )
     return result
 
@@ -84,18 +84,36 @@ def fixed_quantization(
 
     Returns:
         Tensor: [N, D], dtype of ``rows``.
+
+    Raises:
+        IndexError, TypeError, ValueError: as :func:`expected_quantization`.
     """
     run = implementation("fixed_quantization", backend)
-    result: Tensor = run(rows, candidate, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale)
+    bits = check_candidates(candidate_bits)
+    result: Tensor = run(rows, candidate, alpha, beta, zero_rows, table, bits, gradient_scale)
     return result
 
 
-def _compiled(op: str, rows: Tensor, *arguments: Any) -> Tensor:
-    if rows.device.type == "cpu":
-        run: Any = getattr(torch.ops.torchrec_mpe, op)
-    else:
-        run = implementation(op, "triton" if "triton" in available_backends(op) else "reference")
-    result: Tensor = run(rows, *arguments)
+def check_candidates(candidate_bits: Sequence[int]) -> tuple[int, ...]:
+    """The candidate bit-widths, if they are what every backend takes.
+
+    Raises:
+        ValueError: if there are none, or one is repeated or not in 0 to 8.
+    """
+    bits = tuple(candidate_bits)
+    if not bits:
+        raise ValueError("no candidate bit-widths")
+    for b in bits:
+        if not 0 <= b <= 8:
+            raise ValueError(f"candidate bit-width {b} is not in 0 to 8")
+        if bits.count(b) > 1:
+            raise ValueError(f"candidate bit-widths {list(bits)} repeat {b}")
+    return bits
+
+
+def _compiled(op: str, *arguments: Any) -> Tensor:
+    """The op of the library: C++ on CPU tensors, Triton on CUDA tensors, shapes only on meta tensors."""
+    result: Tensor = getattr(torch.ops.torchrec_mpe, op)(*arguments)
     return result
 
 
@@ -182,5 +200,7 @@ if library.is_loaded():
     torch.library.register_fake("torchrec_mpe::fixed_quantization", _fake_forward)
     torch.library.register_fake("torchrec_mpe::expected_quantization_backward", _fake_expected_backward)
     torch.library.register_fake("torchrec_mpe::fixed_quantization_backward", _fake_fixed_backward)
+    for _op, _kernel in triton_backend.CUDA_QUANTIZATION.items():
+        torch.library.impl(f"torchrec_mpe::{_op}", "CUDA", _kernel)
     torch.library.register_autograd("torchrec_mpe::expected_quantization", _expected_backward, setup_context=_save)
     torch.library.register_autograd("torchrec_mpe::fixed_quantization", _fixed_backward, setup_context=_save)

@@ -1,15 +1,15 @@
 """Quantize and pool in one op: looked-up rows in, pooled embeddings of quantized rows out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops import library
+from torchrec_mpe.ops import library, triton_backend
 from torchrec_mpe.ops.backends import implementation, register
-from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
+from torchrec_mpe.ops.quantization import check_candidates, expected_quantization, fixed_quantization
 from torchrec_mpe.ops.reference import quantized_embedding_bag as reference
 
 
@@ -73,8 +73,10 @@ def expected_embedding_bag(
     Raises:
         IndexError: if a group, a table number or a feature's rows are out of range.
         TypeError: if the floating point tensors but the weights differ in dtype.
-        ValueError: if shapes do not fit, or offsets decrease or do not span the ids.
+        ValueError: if shapes do not fit, a feature has a negative number of bags, offsets decrease or do not span the
+            ids, or a candidate bit-width is repeated or not in 0 to 8.
     """
+    _check_bags(bags_per_feature)
     run = implementation("expected_embedding_bag", backend)
     result: Tensor = run(
         rows,
@@ -91,7 +93,7 @@ def expected_embedding_bag(
         alpha,
         beta,
         zero_rows,
-        tuple(candidate_bits),
+        check_candidates(candidate_bits),
         gradient_scale,
         per_sample_weights,
         gradient_factor,
@@ -136,6 +138,7 @@ def fixed_embedding_bag(
     Raises:
         IndexError, TypeError, ValueError: as :func:`expected_embedding_bag`.
     """
+    _check_bags(bags_per_feature)
     run = implementation("fixed_embedding_bag", backend)
     result: Tensor = run(
         rows,
@@ -151,7 +154,7 @@ def fixed_embedding_bag(
         alpha,
         beta,
         zero_rows,
-        tuple(candidate_bits),
+        check_candidates(candidate_bits),
         gradient_scale,
         per_sample_weights,
         gradient_factor,
@@ -180,8 +183,14 @@ def row_numbers(
         Tensor: [N], dtype of ``ids``.
 
     Raises:
-        ValueError: if the offsets do not fit the ids.
+        ValueError: if the offsets do not fit the ids, a feature has a negative number of bags, or its rows do not fit
+            the dtype of ``ids``.
     """
+    _check_bags(bags_per_feature)
+    largest = torch.iinfo(ids.dtype).max
+    for f, (first, rows) in enumerate(zip(first_row, num_rows, strict=True)):
+        if first < 0 or rows < 0 or first + rows > largest:
+            raise ValueError(f"feature {f} has {rows} rows from {first}, which do not fit {ids.dtype} ids")
     run = implementation("row_numbers", backend)
     result: Tensor = run(ids, offsets, bags_per_feature, first_row, num_rows)
     return result
@@ -206,16 +215,23 @@ def unique_ids(
         int64 [F + 1], where each feature's start.
 
     Raises:
-        ValueError: if the offsets do not fit the ids.
+        ValueError: if the offsets do not fit the ids, or a feature has a negative number of bags.
     """
+    _check_bags(bags_per_feature)
     run = implementation("unique_ids", backend)
     result: tuple[Tensor, Tensor, Tensor] = run(ids, offsets, bags_per_feature, num_rows)
     return result
 
 
-def _compiled(op: str, off_cpu: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:
-    run: Any = getattr(torch.ops.torchrec_mpe, op) if rows.device.type == "cpu" else off_cpu
-    return run(rows, *arguments)
+def _check_bags(bags_per_feature: Sequence[int]) -> None:
+    for f, bags in enumerate(bags_per_feature):
+        if bags < 0:
+            raise ValueError(f"feature {f} has {bags} bags")
+
+
+def _compiled(op: str, *arguments: Any) -> Any:
+    """The op of the library: C++ on CPU tensors, PyTorch and Triton on CUDA tensors, shapes only on meta tensors."""
+    return getattr(torch.ops.torchrec_mpe, op)(*arguments)
 
 
 def _fake_forward(
@@ -331,12 +347,10 @@ for _backend in ("reference", "triton"):
     register("row_numbers", _backend, reference.row_numbers)
     register("unique_ids", _backend, reference.unique_ids)
 if library.is_loaded():
-    _expected_off_cpu = partial(reference.expected_embedding_bag, quantize=expected_quantization)
-    _fixed_off_cpu = partial(reference.fixed_embedding_bag, quantize=fixed_quantization)
-    register("expected_embedding_bag", "cpu", partial(_compiled, "expected_embedding_bag", _expected_off_cpu))
-    register("fixed_embedding_bag", "cpu", partial(_compiled, "fixed_embedding_bag", _fixed_off_cpu))
-    register("row_numbers", "cpu", partial(_compiled, "row_numbers", reference.row_numbers))
-    register("unique_ids", "cpu", partial(_compiled, "unique_ids", reference.unique_ids))
+    for _op in ("expected_embedding_bag", "fixed_embedding_bag", "row_numbers", "unique_ids"):
+        register(_op, "cpu", partial(_compiled, _op))
+    for _op, _kernel in triton_backend.CUDA_EMBEDDING_BAG.items():
+        torch.library.impl(f"torchrec_mpe::{_op}", "CUDA", _kernel)
     torch.library.register_fake("torchrec_mpe::row_numbers", _fake_row_numbers)
     torch.library.register_fake("torchrec_mpe::unique_ids", _fake_unique_ids)
     torch.library.register_fake("torchrec_mpe::expected_embedding_bag", _fake_forward)

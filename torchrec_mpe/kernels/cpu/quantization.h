@@ -4,6 +4,16 @@
 
 #include <cstdint>
 
+// GCC has __builtin_shufflevector from 12 on; before it has __builtin_shuffle, which Clang lacks.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#define TORCHREC_MPE_NO_SHUFFLEVECTOR
+#endif
+#ifdef TORCHREC_MPE_NO_SHUFFLEVECTOR
+#define TORCHREC_MPE_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#else
+#define TORCHREC_MPE_SHUFFLE(Mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+
 namespace torchrec_mpe {
 namespace quantization {
 

@@ -12,21 +12,31 @@ template <>
 struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
   static constexpr int count = 16;
   static constexpr float rounder = 12582912.0f;
 
   // Within 128 bits: shuffles across are twice as slow.
   static Vector pairs(const Vector& a, const Vector& b) {
-    return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+    return TORCHREC_MPE_SHUFFLE(Mask, a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           TORCHREC_MPE_SHUFFLE(Mask, a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
   }
   static Double8 sums(const Vector* v) {
     const Vector a = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
     const Vector b = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
-    const Vector halves = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                          __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const Vector halves =
+        TORCHREC_MPE_SHUFFLE(Mask, a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        TORCHREC_MPE_SHUFFLE(Mask, a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#ifdef TORCHREC_MPE_NO_SHUFFLEVECTOR
+    // No shuffle to fewer lanes: the sums are the lower half of as many lanes.
+    const Vector both = __builtin_shuffle(halves, Mask{0, 1, 2, 3, 8, 9, 10, 11}) +
+                        __builtin_shuffle(halves, Mask{4, 5, 6, 7, 12, 13, 14, 15});
+    Half sums;
+    __builtin_memcpy(&sums, &both, sizeof(sums));
+#else
     const Half sums = __builtin_shufflevector(halves, halves, 0, 1, 2, 3, 8, 9, 10, 11) +
                       __builtin_shufflevector(halves, halves, 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
     return __builtin_convertvector(sums, Double8);
   }
 };
@@ -34,12 +44,13 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
   static constexpr int count = 8;
   static constexpr double rounder = 6755399441055744.0;
 
   static Vector pairs(const Vector& a, const Vector& b) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    return TORCHREC_MPE_SHUFFLE(Mask, a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           TORCHREC_MPE_SHUFFLE(Mask, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
   }
   static Double8 sums(const Vector* v) {
     return pairs(pairs(pairs(v[0], v[1]), pairs(v[2], v[3])), pairs(pairs(v[4], v[5]), pairs(v[6], v[7])));

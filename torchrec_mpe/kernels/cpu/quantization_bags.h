@@ -82,6 +82,9 @@ class EachBag {
         pooling_mode_(pooling_mode),
         side_by_side_(side_by_side) {
     const size_t features = bags_per_feature.size();
+    TORCH_CHECK_VALUE(lines.dim() == 1, "one group or candidate a row of the tables, not ", lines.sizes());
+    TORCH_CHECK_VALUE(ids.dim() == 1 && ids.size(0) == rows.size(0), rows.size(0), " rows for ids ", ids.sizes());
+    TORCH_CHECK_VALUE(offsets.dim() == 1, "offsets must be [bags + 1], not ", offsets.sizes());
     TORCH_CHECK_VALUE(first_row.size() == features && num_rows.size() == features && table.size() == features &&
                           pooling_mode.size() == features,
                       "bags_per_feature, first_row, num_rows, table and pooling_mode must be of equal length");
@@ -89,16 +92,16 @@ class EachBag {
     for (size_t f = 0; f < features; ++f) {
       TORCH_CHECK_VALUE(!side_by_side || bags_per_feature[f] == bags_per_feature[0],
                         "side by side, every feature must have the same number of bags");
-      TORCH_CHECK_INDEX(first_row[f] >= 0 && num_rows[f] >= 0 && first_row[f] + num_rows[f] <= lines.size(0), "feature ",
-                        f, " has rows ", first_row[f], " to ", first_row[f] + num_rows[f], ", of ", lines.size(0));
+      TORCH_CHECK_INDEX(first_row[f] >= 0 && num_rows[f] >= 0 && first_row[f] <= lines.size(0) - num_rows[f],
+                        "feature ", f, " has ", num_rows[f], " rows from ", first_row[f], ", of ", lines.size(0));
       TORCH_CHECK_INDEX(!q.zero_rows || (table[f] >= 0 && table[f] < q.num_tables()), "feature ", f, " is of table ",
                         table[f], ", of ", q.num_tables());
-      first_bag_.push_back(first_bag_.back() + bags_per_feature[f]);
+      first_bag_.push_back(bag_after(f, first_bag_.back(), bags_per_feature[f]));
     }
     has_zero_rows_ = q.zero_rows.has_value();
-    TORCH_CHECK_VALUE(ids.dim() == 1 && ids.size(0) == rows.size(0), rows.size(0), " rows for ids ", ids.sizes());
-    TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) == num_bags() + 1, "offsets must be [", num_bags() + 1,
-                      "], not ", offsets.sizes());
+    TORCH_CHECK_VALUE(offsets.size(0) == num_bags() + 1, "offsets must be [", num_bags() + 1, "], not ",
+                      offsets.sizes());
+    TORCH_CHECK_VALUE(!index || index->dim() == 1, "one index an id, not ", index->sizes());
     num_ids_ = index ? index->size(0) : ids.size(0);
     base_ = offsets_[0];
     for (int64_t b = 0; b < num_bags(); ++b) {
@@ -114,6 +117,8 @@ class EachBag {
       for (int64_t f = 0; f <= num_features(); ++f) {
         row_offsets_.push_back(row_offset[f] - row_offset[0]);
         TORCH_CHECK_VALUE(f == 0 || row_offsets_[f] >= row_offsets_[f - 1], "row_offsets decrease at feature ", f);
+        TORCH_CHECK_INDEX(f == 0 || row_offsets_[f] == row_offsets_[f - 1] || num_rows[f - 1] > 0, "feature ", f - 1,
+                          " looks up ids in a table of no rows");
       }
       row_base_ = row_offset[0];
       TORCH_CHECK_VALUE(row_offsets_.back() == rows.size(0), "row_offsets span ", row_offsets_.back(), " of ",

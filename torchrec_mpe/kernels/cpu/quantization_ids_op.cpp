@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -15,6 +16,11 @@ namespace quantization {
 
 namespace {
 
+void check_shapes(const Tensor& ids, const Tensor& offsets) {
+  TORCH_CHECK_VALUE(ids.dim() == 1, "ids must be [N], not ", ids.sizes());
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must be [bags + 1], not ", offsets.sizes());
+}
+
 // Per feature the distinct ids in the order of their first appearance, where each feature's begin, and where each id is
 // among them. An id outside counts as 0.
 std::tuple<Tensor, Tensor, Tensor> unique_ids(const Tensor& ids, const Tensor& offsets,
@@ -22,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> unique_ids(const Tensor& ids, const Tensor& o
   const auto features = static_cast<int64_t>(bags_per_feature.size());
   TORCH_CHECK_VALUE(static_cast<int64_t>(num_rows.size()) == features,
                     "bags_per_feature and num_rows must be of equal length");
+  check_shapes(ids, offsets);
   const Integers bag_start(offsets);
   std::vector<int64_t> start(features + 1);  // in ids
   int64_t bag = 0;
@@ -30,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> unique_ids(const Tensor& ids, const Tensor& o
     start[f] = bag_start[bag] - bag_start[0];
     TORCH_CHECK_VALUE(start[f] >= (f == 0 ? 0 : start[f - 1]) && start[f] <= ids.size(0),
                       "offsets do not increase within the ids at feature ", f);
-    bag += f < features ? bags_per_feature[f] : 0;
+    bag = f < features ? bag_after(f, bag, bags_per_feature[f]) : bag;
   }
   TORCH_CHECK_VALUE(start[features] == ids.size(0), "offsets span ", start[features], " of ", ids.size(0), " ids");
   TORCH_CHECK_VALUE(ids.size(0) <= INT32_MAX, "more than 2**31 - 1 ids");
@@ -93,8 +100,9 @@ Tensor row_numbers(const Tensor& ids, const Tensor& offsets, at::IntArrayRef bag
                    at::IntArrayRef first_row, at::IntArrayRef num_rows) {
   TORCH_CHECK_VALUE(first_row.size() == bags_per_feature.size() && num_rows.size() == bags_per_feature.size(),
                     "bags_per_feature, first_row and num_rows must be of equal length");
+  check_shapes(ids, offsets);
   const Integers bag_start(offsets);
-  const int64_t base = offsets.size(0) > 0 ? bag_start[0] : 0;
+  const int64_t base = bag_start[0];
   const Tensor contiguous = ids.contiguous();
   Tensor rows = at::empty_like(contiguous);
   AT_DISPATCH_INDEX_TYPES(ids.scalar_type(), "row_numbers", [&] {
@@ -102,10 +110,14 @@ Tensor row_numbers(const Tensor& ids, const Tensor& offsets, at::IntArrayRef bag
     index_t* to = rows.mutable_data_ptr<index_t>();
     int64_t bag = 0, i = 0;
     for (size_t f = 0; f < bags_per_feature.size(); ++f) {
-      bag += bags_per_feature[f];
+      bag = bag_after(f, bag, bags_per_feature[f]);
       TORCH_CHECK_VALUE(bag < offsets.size(0), "offsets are ", offsets.size(0), ", fewer than bags + 1");
       const int64_t end = bag_start[bag] - base;
       TORCH_CHECK_VALUE(end >= i && end <= ids.size(0), "offsets do not increase within the ids at feature ", f);
+      constexpr int64_t kLargest = std::numeric_limits<index_t>::max();
+      TORCH_CHECK_VALUE(first_row[f] >= 0 && num_rows[f] >= 0 && first_row[f] <= kLargest - num_rows[f], "feature ", f,
+                        " has ", num_rows[f], " rows from ", first_row[f], ", which do not fit ", ids.scalar_type(),
+                        " ids");
       const auto first = static_cast<index_t>(first_row[f]), limit = static_cast<index_t>(num_rows[f]);
       for (; i < end; ++i) {
         to[i] = first + (from[i] >= 0 && from[i] < limit ? from[i] : 0);

@@ -1,4 +1,4 @@
-// Integer tensors of any type.
+// Integer tensors of several types.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -12,11 +12,13 @@ namespace quantization {
 
 using at::Tensor;
 
-// An integer tensor of any type, read at random.
+// A tensor of uint8, int8, int16, int32 or int64, read at random.
 class Integers {
  public:
   explicit Integers(const Tensor& t) : tensor_(t.contiguous()), data_(tensor_.const_data_ptr()), type_(t.scalar_type()) {
-    TORCH_CHECK_TYPE(at::isIntegralType(type_, false), "expected an integer tensor, not ", type_);
+    const bool is_read = type_ == at::kByte || type_ == at::kChar || type_ == at::kShort || type_ == at::kInt ||
+                         type_ == at::kLong;
+    TORCH_CHECK_TYPE(is_read, "expected an integer tensor (uint8, int8, int16, int32 or int64), not ", type_);
   }
   int64_t operator[](int64_t i) const {
     switch (type_) {
@@ -67,6 +69,12 @@ class Integers {
   const void* data_;
   at::ScalarType type_;
 };
+
+// The bag after those of feature f, which begin with `first`.
+inline int64_t bag_after(int64_t f, int64_t first, int64_t bags) {
+  TORCH_CHECK_VALUE(bags >= 0 && bags <= INT64_MAX - first, "feature ", f, " has ", bags, " bags");
+  return first + bags;
+}
 
 }  // namespace quantization
 }  // namespace torchrec_mpe

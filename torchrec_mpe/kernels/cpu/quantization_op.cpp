@@ -54,6 +54,12 @@ auto backward_kernel(const Quantizer& q) {
   return q.is_search() ? kernels<T>().expected_backward : kernels<T>().fixed_backward;
 }
 
+void check_grad(const Tensor& grad, at::IntArrayRef shape, const Tensor& rows) {
+  TORCH_CHECK_VALUE(grad.sizes() == shape, "grad must be ", shape, " like the output, not ", grad.sizes());
+  TORCH_CHECK_TYPE(grad.scalar_type() == rows.scalar_type(), "grad is ", grad.scalar_type(), ", rows ",
+                   rows.scalar_type());
+}
+
 // Source is EachRow, with an output row of its own for each row, or EachBag without an index.
 template <typename Source>
 Tensor forward(const Quantizer& q, const Source& source, Tensor out, bool pooled) {
@@ -184,6 +190,7 @@ Tensor pooled_forward(const Quantizer& q, const EachBag& bags) {
 
 Gradients pooled_backward(const Quantizer& q, const EachBag& bags, const Tensor& grad, double factor,
                           bool weights_require_grad) {
+  check_grad(grad, bags.pooled_shape(), bags.rows());
   return bags.is_indexed() ? indexed_backward(q, bags, grad, factor, weights_require_grad)
                            : backward(q, bags, grad, factor, weights_require_grad);
 }
@@ -210,6 +217,7 @@ Gradients expected_quantization_backward(const Tensor& grad, const Tensor& rows,
                                          at::IntArrayRef bits, const Tensor& scale) {
   const Quantizer q{probabilities, alpha, beta, zero_rows, bits, scale};
   check(q, rows);
+  check_grad(grad, rows.sizes(), rows);
   return backward(q, EachRow(rows, group, table, q), grad, 1, false);
 }
 
@@ -218,6 +226,7 @@ Gradients fixed_quantization_backward(const Tensor& grad, const Tensor& rows, co
                                       const OptionalTensor& table, at::IntArrayRef bits, const Tensor& scale) {
   const Quantizer q{std::nullopt, alpha, beta, zero_rows, bits, scale};
   check(q, rows);
+  check_grad(grad, rows.sizes(), rows);
   return backward(q, EachRow(rows, candidate, table, q), grad, 1, false);
 }
 

@@ -34,9 +34,10 @@ inline void check(const Quantizer& q, const Tensor& rows) {
   const auto m = static_cast<int64_t>(q.bits.size());
   TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be [N, D], not ", rows.sizes());
   TORCH_CHECK_VALUE(m >= 1 && m <= kMaxCandidates, m, " candidate bit-widths, expected 1 to ", kMaxCandidates);
-  TORCH_CHECK_VALUE(std::count(q.bits.begin(), q.bits.end(), 0) <= 1, "candidate bit-widths ", q.bits, " repeat 0");
   for (const int64_t b : q.bits) {
     TORCH_CHECK_VALUE(b >= 0 && b <= kMaxBits, "candidate bit-width ", b, " is not in 0 to ", kMaxBits);
+    // So there are kMaxBits of more than 0 bits at most, which the kernels have room for.
+    TORCH_CHECK_VALUE(std::count(q.bits.begin(), q.bits.end(), b) == 1, "candidate bit-widths ", q.bits, " repeat ", b);
   }
   const auto same = [&](const Tensor& t, const char* name, at::IntArrayRef shape) {
     TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be ", shape, ", not ", t.sizes());
