@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,18 +273,32 @@ def test_compile_keeps_the_graph_whole() -> None:
     torch.testing.assert_close(compiled(*arguments), packed_embedding_bag(*arguments), rtol=0, atol=0)  # type: ignore[arg-type]
 
 
-def test_the_library_needs_no_python() -> None:
-    """A C++ process loads it: no Python symbol, and no OpenMP runtime beside torch's."""
-    import ctypes
-
+def test_the_library_needs_no_python(tmp_path: Path) -> None:
+    """No Python symbol, no OpenMP runtime beside torch's, and a C++ process loads it."""
     dynamic = subprocess.run(
         ["readelf", "--dynamic", "--dyn-syms", "--wide", str(library.LIBRARY)], capture_output=True, text=True
     )
-    if dynamic.returncode == 0:
-        needed = [line for line in dynamic.stdout.splitlines() if "NEEDED" in line]
-        assert needed and not [line for line in needed if "python" in line or "omp" in line]
-        assert not [line for line in dynamic.stdout.splitlines() if " UND Py" in line or " UND _Py" in line]
-    assert ctypes.CDLL(str(library.LIBRARY))
+    assert dynamic.returncode == 0, dynamic.stderr
+    needed = [line for line in dynamic.stdout.splitlines() if "NEEDED" in line]
+    assert needed and not [line for line in needed if "python" in line or "omp" in line]
+    assert not [line for line in dynamic.stdout.splitlines() if " UND Py" in line or " UND _Py" in line]
+
+    source = tmp_path / "load.cpp"
+    source.write_text(
+        "#include <cstdio>\n#include <dlfcn.h>\n"
+        "int main(int, char** argv) {\n"
+        "  if (dlopen(argv[1], RTLD_NOW) != nullptr) return 0;\n"
+        "  std::puts(dlerror());\n  return 1;\n}\n"
+    )
+    subprocess.run(["c++", str(source), "-o", str(tmp_path / "load"), "-ldl"], check=True, timeout=60)
+    loaded = subprocess.run(
+        [str(tmp_path / "load"), str(library.LIBRARY)],
+        env={"LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert loaded.returncode == 0, loaded.stdout
 
 
 def test_without_the_library_the_reference_warns_once() -> None:

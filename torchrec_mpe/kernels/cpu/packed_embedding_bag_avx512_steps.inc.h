@@ -91,6 +91,7 @@ class Locator {
       // No group of 64 elements of a row crosses a line if their 8 * bits bytes divide it.
       in_line &= inside && (run.bits & (run.bits - 1)) == 0 && (run.offset + first * row_bytes) % kLineBytes == 0;
       narrow &= run.bits < kMaxBits;
+      bytes &= inside;  // then the table is long enough to read a whole row from its first byte
       offsets_[k] = inside ? run.offset : 0;
       bits_[k] = inside ? run.bits : 0;
     }
