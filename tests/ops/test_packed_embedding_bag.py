@@ -343,7 +343,7 @@ def test_float64_and_gradients() -> None:
     assert not packed_embedding_bag(*arguments, weights.requires_grad_()).requires_grad  # type: ignore[arg-type]
 
 
-def test_compiling_heeds_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_heeds_the_chosen_backend() -> None:
     compiled = torch.compile(packed_embedding_bag, backend="eager")
     arguments = _arguments()
     with on("reference"):

@@ -121,17 +121,22 @@ def _fake_forward(rows: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
-def _fake_gradients(
-    rows: Tensor, probabilities: Tensor | None, alpha: Tensor, beta: Tensor, zero_rows: Tensor | None, weights: int
+def fake_gradients(
+    rows: Tensor,
+    probabilities: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    zero_rows: Tensor | None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The six results of a backward op, empty for what the forward op has not."""
+    """The shapes of a backward op's six results, of rows or of bags; empty for what the forward op has not."""
     return (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
         rows.new_empty((0,) if probabilities is None else probabilities.shape),
         rows.new_empty(alpha.shape),
         rows.new_empty(beta.shape),
         rows.new_empty((0,) if zero_rows is None else zero_rows.shape),
-        rows.new_empty(weights),
+        rows.new_empty((0,) if weights is None else weights.shape),
     )
 
 
@@ -147,7 +152,7 @@ def _fake_expected_backward(
     candidate_bits: Sequence[int],
     gradient_scale: Tensor,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(rows, probabilities, alpha, beta, zero_rows, 0)
+    return fake_gradients(rows, probabilities, alpha, beta, zero_rows)
 
 
 def _fake_fixed_backward(
@@ -161,7 +166,7 @@ def _fake_fixed_backward(
     candidate_bits: Sequence[int],
     gradient_scale: Tensor,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(rows, None, alpha, beta, zero_rows, 0)
+    return fake_gradients(rows, None, alpha, beta, zero_rows)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

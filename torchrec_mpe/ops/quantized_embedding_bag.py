@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchrec_mpe.ops import library, triton_backend
 from torchrec_mpe.ops.backends import implementation, register
-from torchrec_mpe.ops.quantization import check_candidates, expected_quantization, fixed_quantization
+from torchrec_mpe.ops.quantization import check_candidates, expected_quantization, fake_gradients, fixed_quantization
 from torchrec_mpe.ops.reference import quantized_embedding_bag as reference
 
 
@@ -274,31 +274,13 @@ _FIXED_TENSORS = (0, 1, 2, 9, 10, 11, 12, 14, 15, 17, 18)
 def _fake_expected_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     rows, probabilities, alpha, beta, zero_rows = (arguments[k] for k in (0, 10, 11, 12, 13))
     weights = arguments[16] if arguments[-1] else None
-    return _fake_gradients(rows, probabilities.shape, alpha, beta, zero_rows, weights)
+    return fake_gradients(rows, probabilities, alpha, beta, zero_rows, weights)
 
 
 def _fake_fixed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     rows, alpha, beta, zero_rows = (arguments[k] for k in (0, 10, 11, 12))
     weights = arguments[15] if arguments[-1] else None
-    return _fake_gradients(rows, (0,), alpha, beta, zero_rows, weights)
-
-
-def _fake_gradients(
-    rows: Tensor,
-    probabilities: Sequence[int],
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[Tensor, ...]:
-    return (
-        torch.empty_like(rows, memory_format=torch.contiguous_format),
-        rows.new_empty(probabilities),
-        rows.new_empty(alpha.shape),
-        rows.new_empty(beta.shape),
-        rows.new_empty((0,) if zero_rows is None else zero_rows.shape),
-        rows.new_empty((0,) if weights is None else weights.shape),
-    )
+    return fake_gradients(rows, None, alpha, beta, zero_rows, weights)
 
 
 def _save(positions: tuple[int, ...], ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
