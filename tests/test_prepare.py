@@ -119,20 +119,6 @@ def test_what_torchrec_computes_wrongly_is_refused() -> None:
         mpe.ShardedMPEEmbeddingBagCollection(model.ebc, sharding, env=None)
 
 
-def test_variable_batch_per_feature_is_refused() -> None:
-    model = adagrad(Case((TW,)))
-    names = ["a", "b", "c", "d"]
-    features = KeyedJaggedTensor(
-        names,
-        torch.tensor([1, 2, 3, 4, 5]),
-        lengths=torch.tensor([1, 1, 1, 1, 1]),
-        stride_per_key_per_rank=[[2], [1], [1], [1]],
-        inverse_indices=(names, torch.tensor([[0, 1], [0, 0], [0, 0], [0, 0]])),
-    )
-    with pytest.raises(NotImplementedError, match="variable batch size per feature"):
-        model(features)
-
-
 def test_nothing_changes_if_one_collection_cannot_enter() -> None:
     first, second = prepared_model(Case((TW,), phase="plain")), prepared_model(Case((TW,), phase="plain"))
     for table in second.ebc.embedding_bag_configs():

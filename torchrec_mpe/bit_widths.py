@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_mpe.rank_segments import rows_from_segments
+
 MAX_BITS = 8
 
 
@@ -66,11 +68,9 @@ class TableBitWidths:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def of_rows(self) -> Tensor:
-        """The bit-width of every row, uint8 [num_embeddings], indexed by row id."""
-        lengths = torch.tensor(self.bounds).diff()
-        by_rank = torch.repeat_interleave(torch.tensor(self.bits, dtype=torch.uint8), lengths)
-        return by_rank if self.ranks is None else by_rank[self.ranks.long()]
+    def of_rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The bit-width of the rows ``start`` to ``stop``, all by default, uint8 [stop - start], by row id."""
+        return rows_from_segments(self.bounds, self.bits, self.ranks, torch.uint8, start, stop)
 
     def runs(self) -> list[tuple[int, int]]:
         """Segments with neighbours of equal width joined: (first rank, bit-width) of each."""

@@ -122,13 +122,12 @@ def _row_by_hand(
             return zero
         return ((x - beta) / alpha[k]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * alpha[k] + beta
 
-    number = quantizer.first_row[table.name] + row
+    belongs_to = int(quantizer.row_map(table.name)[row])
     if isinstance(quantizer, SearchQuantizer):
-        p = quantizer.probabilities()[quantizer.row_group[number].long()]
+        p = quantizer.probabilities()[belongs_to]
         return sum(p[k] * at(k, b) for k, b in enumerate(quantizer.candidate_bits)).detach()
     assert isinstance(quantizer, RetrainQuantizer)
-    k = int(quantizer.row_candidate[number])
-    return at(k, quantizer.candidate_bits[k]).detach()
+    return at(belongs_to, quantizer.candidate_bits[belongs_to]).detach()
 
 
 def test_empty_batch_and_empty_features() -> None:
@@ -173,7 +172,7 @@ def test_retrain_keeps_what_was_learned_and_resets_rows() -> None:
         torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=0)
     expected = plan.initialization.fill_(torch.empty(10, 4), "t1")
     torch.testing.assert_close(model.embedding_bags["t1"].weight.data, expected)
-    widths = model.mpe["dim_4"].row_candidate[:10]
+    widths = model.mpe["dim_4"].row_map("t1")
     torch.testing.assert_close(torch.tensor(plan.candidate_bits)[widths.long()], plan.tables["t1"].of_rows().long())
 
 

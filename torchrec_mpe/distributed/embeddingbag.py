@@ -1,19 +1,18 @@
 """MPEEmbeddingBagCollection sharded by TorchRec, its rows in FBGEMM's training TBE."""
 
-import itertools
+import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag, BatchedDenseEmbeddingBag
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
-from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -26,118 +25,15 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import LazyAwaitable, ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from torchrec_mpe.distributed.one_table_lookup import OneTableLookup, can_be_one_table
+from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
+from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
-from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
 from torchrec_mpe.quantizer import RowQuantizer
 
 _ROWS_SPLIT = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
-
-
-class _QuantizedForward:
-    """``forward`` of one embedding kernel: its rows looked up unpooled, quantized, and pooled.
-
-    An object and not a closure, so that a model can be deep-copied.
-    """
-
-    def __init__(
-        self,
-        collection: "ShardedMPEEmbeddingBagCollection",
-        lookup: GroupedPooledEmbeddingsLookup,
-        kernel: BaseBatchedEmbeddingBag,
-        rows_split: bool,
-    ) -> None:
-        self._collection = collection
-        self._lookup = lookup
-        self._kernel = kernel
-        # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
-        self._rows_split = rows_split
-        self._one_table = OneTableLookup(kernel.emb_module) if can_be_one_table(kernel.emb_module) else None
-
-    def __call__(self, features: KeyedJaggedTensor) -> Tensor:
-        kernel = self._kernel
-        ids, offsets, bags = features.values(), features.offsets(), features.stride()
-        weights = features.weights_or_none()
-        starts = [0, *itertools.accumulate(features.length_per_key())]  # of the features' ids
-        row_starts = starts  # of the features' rows: fewer than ids if each distinct row was looked up once
-        index: Tensor | None = None
-        row_offsets: Tensor | None = None
-        if self._one_table is not None:
-            rows, ids, index, row_offsets = self._one_table(ids, offsets, bags)
-            row_starts = row_offsets.tolist()
-        elif isinstance(kernel, BatchedDenseEmbeddingBag):
-            rows = _rows_of_dense_kernel(kernel, ids, features.length_per_key())
-        else:
-            rows = type(kernel).forward(kernel, features)
-        rows = rows.float()  # a TBE may be told to return FP16, too coarse for step sizes
-        pooled: list[Tensor] = []
-        for dim, (first, last), lookups, columns in self._runs(kernel):
-            start, stop = starts[first], starts[last]
-            row_start, row_stop = row_starts[first], row_starts[last]
-            # The gradient of a slice is as large as the whole.
-            of_run = rows if len(rows) == row_stop - row_start else rows[row_start:row_stop]
-            pooled.append(
-                quantize_and_pool(
-                    self._collection.quantizers()[dim],
-                    lookups,
-                    of_run,
-                    ids[row_start:row_stop],
-                    offsets[first * bags : last * bags + 1],
-                    [bags] * (last - first),
-                    None if weights is None else weights[start:stop],
-                    columns,
-                    self._lookup._scale_gradient_factor,
-                    side_by_side=True,
-                    index=None if index is None else index[start:stop],
-                    row_offsets=None if row_offsets is None else row_offsets[first : last + 1],
-                )
-            )
-        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-
-    def _runs(
-        self, kernel: BaseBatchedEmbeddingBag
-    ) -> Iterator[tuple[int, tuple[int, int], list[FeatureLookup], slice]]:
-        """The kernel's features in runs that share embedding dimension and columns."""
-        key: tuple[int, int, int] | None = None
-        first = last = 0
-        lookups: list[FeatureLookup] = []
-        for table in kernel.config.embedding_tables:
-            row, column = _shard_offsets(table)
-            table_key = (table.embedding_dim, column, column + table.local_cols)
-            if key is not None and key != table_key:
-                yield key[0], (first, last), lookups, slice(key[1], key[2])
-                first, lookups = last, []
-            key = table_key
-            mean = self._collection.pooling_of(table.name) == PoolingType.MEAN and not self._rows_split
-            lookups += [FeatureLookup(table.name, mean, table.local_rows, row)] * table.num_features()
-            last += table.num_features()
-        if key is not None:
-            yield key[0], (first, last), lookups, slice(key[1], key[2])
-
-
-def _shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:
-    """First row and first column of a table's local shard."""
-    if table.local_metadata is None:
-        return 0, 0
-    row, column = table.local_metadata.shard_offsets
-    return row, column
-
-
-def _rows_of_dense_kernel(kernel: BatchedDenseEmbeddingBag, ids: Tensor, ids_per_feature: list[int]) -> Tensor:
-    """FBGEMM's dense TBE ignores PoolingMode.NONE on CPU, so its rows are gathered here."""
-    # Not split_embedding_weights(), which detaches them: the rows' gradient goes through this gather.
-    tbe = kernel.emb_module
-    offsets = [int(offset) for offset in tbe.weights_physical_offsets]
-    weights = [
-        tbe.weights[offset : offset + rows * dim].view(rows, dim)
-        for offset, (rows, dim) in zip(offsets, tbe.embedding_specs, strict=False)
-    ]
-    tables = [t for t, table in enumerate(kernel.config.embedding_tables) for _ in range(table.num_features())]
-    parts = ids.split(ids_per_feature)
-    return torch.cat([F.embedding(part.long(), weights[t]) for part, t in zip(parts, tables, strict=True)])
 
 
 class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
@@ -153,7 +49,8 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         table_name_to_parameter_sharding, env, fused_params, device, kwargs: as ShardedEmbeddingBagCollection.
 
     Raises:
-        ValueError: for a table that is both grid-sharded and mean-pooled, which TorchRec computes wrongly.
+        ValueError: for a table that is both grid-sharded and mean-pooled, which TorchRec computes wrongly, or
+            data-parallel with a fused kernel, which FBGEMM cannot keep equal on all ranks.
     """
 
     def __init__(
@@ -166,17 +63,12 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         **kwargs: Any,
     ) -> None:
         for table in module.embedding_bag_configs():
-            sharding_type = table_name_to_parameter_sharding[table.name].sharding_type
-            if sharding_type == ShardingType.GRID_SHARD.value and table.pooling == PoolingType.MEAN:
-                raise ValueError(
-                    f"table {table.name} has mean pooling, which TorchRec computes wrongly under grid sharding; use "
-                    "another sharding type for it"
-                )
+            _refuse_wrong_sharding(table, table_name_to_parameter_sharding[table.name])
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         self.phase = module.phase
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
-            self.mpe = module.mpe.to(device)
+            self._shard_row_maps(module.quantizers())
             self._check_same_on_all_ranks()
         if self.row_initialization is not None:
             self.reset_rows(self.row_initialization)
@@ -207,12 +99,43 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def _create_lookups(self) -> None:
         super()._create_lookups()
+        self._quantized: list[QuantizedForward] = []
         infos = [info for infos in self.sharding_type_to_sharding_infos.values() for info in infos]
-        if all(info.embedding_config.pooling != PoolingType.NONE for info in infos):
-            return
+        prepared = any(info.embedding_config.pooling == PoolingType.NONE for info in infos)
         for sharding, lookup in zip(self._embedding_shardings, self._lookups, strict=True):
-            for kernel in lookup._emb_modules:
-                kernel.forward = _QuantizedForward(self, lookup, kernel, isinstance(sharding, _ROWS_SPLIT))
+            if prepared or self._device.type == "cpu":
+                lookup._forward_with_vbe_merging = MergeVariableBatches(lookup)
+            if prepared:
+                # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
+                mean = self._never if isinstance(sharding, _ROWS_SPLIT) else self._is_mean
+                for kernel in lookup._emb_modules:
+                    kernel.forward = QuantizedForward(kernel, lookup, self.quantizers, mean)
+                    self._quantized.append(kernel.forward)
+
+    def _is_mean(self, table: str) -> bool:
+        return bool(self.pooling_of(table) == PoolingType.MEAN)
+
+    def _never(self, table: str) -> bool:
+        return False
+
+    def _shard_row_maps(self, quantizers: Mapping[int, RowQuantizer]) -> None:
+        """Keep of what each row belongs to, and of its frequency rank, what this rank's own rows need."""
+        self.mpe = nn.ModuleDict({f"dim_{dim}": copy.copy(quantizer) for dim, quantizer in quantizers.items()})
+        self.mpe.to(self._device)
+        for forward in self._quantized:
+            forward.set_row_map(self._device)
+        once = [(table, row, len(values)) for table, row, column, values in self.local_shards() if column == 0]
+        group = self._env.process_group
+        replicated = {
+            table
+            for table, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        }
+        if group is not None and dist.get_rank(group) > 0:
+            once = [shard for shard in once if shard[0] not in replicated]
+        for quantizer in self.quantizers().values():
+            own = [shard for shard in once if shard[0] in quantizer.num_embeddings]
+            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=group, device=self._device))
 
     def pooling_of(self, table: str) -> PoolingType:
         """A table's pooling as the user configured it."""
@@ -237,7 +160,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """This rank's shards: table, first row, first column, and values [rows, columns] in the TBE's memory."""
         for kernel in self.kernels():
             for table, values in zip(kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True):
-                row, column = _shard_offsets(table)
+                row, column = shard_offsets(table)
                 yield table.name, row, column, values
 
     def reset_rows(self, initialization: RowInitialization) -> None:
@@ -258,9 +181,9 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def enter_retrain(self, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Go from the search to the retrain phase in place; the TBEs and their sharding stay."""
-        self.mpe = nn.ModuleDict({f"dim_{dim}": q for dim, q in quantizers.items()}).to(self._device)
         self.phase = Phase.RETRAIN
         self.row_initialization = initialization
+        self._shard_row_maps(quantizers)
         self._check_same_on_all_ranks()
         self.reset_rows(initialization)
 
@@ -282,17 +205,26 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Lookup, quantize and pool, and output dist.
 
         Raises:
-            NotImplementedError: in a prepared phase, for a batch of variable batch size per feature.
+            NotImplementedError: for variable batches, where TorchRec puts several dense kernels together wrongly.
         """
-        if self.phase is not Phase.PLAIN and ctx.variable_batch_per_feature:
-            raise NotImplementedError(
-                f"tables {', '.join(self._table_names)}: variable batch size per feature is not supported in the "
-                "search and retrain phases; give every feature the same batch size"
-            )
+        if ctx.variable_batch_per_feature:
+            self._refuse_variable_batches_of_dense_kernels()
         awaitable = super().compute_and_output_dist(ctx, input)
         if self.phase is not Phase.PLAIN and torch.is_grad_enabled():
             awaitable.callbacks.append(self._touch_replicated)
         return awaitable
+
+    def _refuse_variable_batches_of_dense_kernels(self) -> None:
+        for sharding_type, lookup in zip(self._sharding_types, self._lookups, strict=True):
+            if sharding_type == ShardingType.DATA_PARALLEL.value:
+                continue
+            dense = [kernel for kernel in lookup._emb_modules if isinstance(kernel, BatchedDenseEmbeddingBag)]
+            if len(dense) > 1:
+                tables = [table.name for kernel in dense for table in kernel.config.embedding_tables]
+                raise NotImplementedError(
+                    f"tables {', '.join(tables)} are sharded {sharding_type} with several dense kernels, whose "
+                    "variable batches TorchRec puts together in the wrong order; use the compute kernel fused for them"
+                )
 
     def _touch_replicated(self, pooled: KeyedTensor) -> KeyedTensor:
         """Give every replicated parameter a zero gradient at least: DDP waits for it also on a rank without tables."""
@@ -314,6 +246,20 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     @property
     def unsharded_module_type(self) -> type[MPEEmbeddingBagCollection]:
         return MPEEmbeddingBagCollection
+
+
+def _refuse_wrong_sharding(table: Any, sharding: ParameterSharding) -> None:
+    if sharding.sharding_type == ShardingType.GRID_SHARD.value and table.pooling == PoolingType.MEAN:
+        raise ValueError(
+            f"table {table.name} has mean pooling, which TorchRec computes wrongly under grid sharding; use another "
+            "sharding type for it"
+        )
+    data_parallel = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    if data_parallel and sharding.compute_kernel != EmbeddingComputeKernel.DENSE.value:
+        raise ValueError(
+            f"table {table.name} is data-parallel with the compute kernel {sharding.compute_kernel}, whose row updates "
+            "the ranks would not share; use the kernel dense for it, or another sharding type"
+        )
 
 
 def _clear_fused_optimizer(tbe: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.rank_segments import rows_from_segments
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,10 @@ class FeatureGroups:
     def num_groups(self) -> int:
         return len(self.rows)
 
-    def group_of_rows(self, table: str) -> Tensor:
-        """The group of every row of a table, int16 or int32 [num_embeddings], indexed by row id."""
+    def group_of_rows(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The group of the rows ``start`` to ``stop`` of a table, int16 or int32 [stop - start], indexed by row id."""
         dtype = torch.int16 if self.num_groups <= torch.iinfo(torch.int16).max else torch.int32
-        return rows_from_segments(self.bounds[table], self.groups[table], self.ranks[table], dtype)
-
-
-def rows_from_segments(
-    bounds: tuple[int, ...], values: tuple[int, ...], ranks: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Spread one value per rank segment over the rows, [num_embeddings] indexed by row id."""
-    by_rank = torch.repeat_interleave(torch.tensor(values, dtype=dtype), torch.tensor(bounds).diff())
-    return by_rank if ranks is None else by_rank[ranks.long()]
+        return rows_from_segments(self.bounds[table], self.groups[table], self.ranks[table], dtype, start, stop)
 
 
 def log_rank_bounds(num_embeddings: int, num_groups: int) -> tuple[int, ...]:

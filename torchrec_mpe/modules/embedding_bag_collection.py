@@ -1,6 +1,7 @@
 """TorchRec's EmbeddingBagCollection with learned bit-widths."""
 
 import enum
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -136,6 +137,8 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
 
     def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Enter the search or retrain phase, rows at their initial values."""
+        for dim in self.quantizers():
+            self._buffers.pop(_row_map_name(dim), None)
         self.mpe = nn.ModuleDict({f"dim_{dim}": quantizer for dim, quantizer in quantizers.items()})
         self.phase = phase
         self.row_initialization = initialization
@@ -179,6 +182,9 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         weights = features.weights().split(ids_per_key) if self.is_weighted() else None
         pooled: dict[tuple[int, int], Tensor] = {}
         for dim, quantizer in self.quantizers().items():
+            row_map = self._row_map(quantizer)
+            rows_before = itertools.accumulate(quantizer.num_embeddings.values(), initial=0)
+            first_row = dict(zip(quantizer.num_embeddings, rows_before, strict=False))
             lookups = [
                 (t, f, table, number[feature])
                 for t, table in enumerate(self.embedding_bag_configs())
@@ -188,7 +194,11 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             keys = [k for *_, k in lookups]
             stacked = quantize_and_pool(
                 quantizer,
-                [FeatureLookup(t.name, t.pooling == PoolingType.MEAN, t.num_embeddings) for _, _, t, _ in lookups],
+                [
+                    FeatureLookup(t.name, t.pooling == PoolingType.MEAN, t.num_embeddings, first_row[t.name])
+                    for _, _, t, _ in lookups
+                ],
+                row_map,
                 torch.cat([F.embedding(ids[k], self.embedding_bags[table.name].weight) for _, _, table, k in lookups]),
                 torch.cat([ids[k] for k in keys]),
                 torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat([lengths[k] for k in keys])),
@@ -207,6 +217,15 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             length_per_key=self._lengths_per_embedding,
         )
 
+    def _row_map(self, quantizer: RowQuantizer) -> Tensor:
+        """What each row of the quantizer's tables belongs to, made at the first lookup: a sharded model needs none."""
+        name = _row_map_name(quantizer.embedding_dim)
+        if name not in self._buffers:
+            maps = [quantizer.row_map(table) for table in quantizer.num_embeddings]
+            self.register_buffer(name, torch.cat(maps).to(quantizer.beta.device), persistent=False)
+        row_map: Tensor = self.get_buffer(name)
+        return row_map
+
     def _refuse_unsupported(self) -> None:
         for table in self.embedding_bag_configs():
             if self.is_weighted() and table.pooling == PoolingType.MEAN:
@@ -220,6 +239,10 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     f"table {table.name} has data type {table.data_type.value}: rows are trained in FP32 and packed "
                     "to their bit-widths afterwards"
                 )
+
+
+def _row_map_name(dim: int) -> str:
+    return f"row_map_dim_{dim}"
 
 
 def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups:

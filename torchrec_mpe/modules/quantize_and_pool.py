@@ -17,18 +17,19 @@ class FeatureLookup:
         table (str): the table's name.
         mean (bool): divide each bag by its number of ids.
         num_rows (int): rows of the table or shard; FBGEMM reads row 0 for an id outside, and so does the quantizer.
-        first_row (int): the shard's first row in the table.
+        first_row (int): where the table's or shard's rows start in the row map.
     """
 
     table: str
     mean: bool
     num_rows: int
-    first_row: int = 0
+    first_row: int
 
 
 def quantize_and_pool(
     quantizer: RowQuantizer,
     features: Sequence[FeatureLookup],
+    row_map: Tensor,
     rows: Tensor,
     ids: Tensor,
     offsets: Tensor,
@@ -45,8 +46,10 @@ def quantize_and_pool(
     Args:
         quantizer (RowQuantizer): of the tables' embedding dimension.
         features (Sequence[FeatureLookup]): F features.
+        row_map (Tensor): integer [rows of all tables or shards], what each row belongs to: see
+            :meth:`torchrec_mpe.quantizer.RowQuantizer.row_map`.
         rows (Tensor): [N, D], the rows of all features' ids, feature after feature.
-        ids (Tensor): [N], int32 or int64, row ids counted from each feature's ``first_row``.
+        ids (Tensor): [N], int32 or int64, row ids of each feature's table or shard.
         offsets (Tensor): [bags + 1], int32 or int64, where each bag starts, feature after feature, counted from
             ``offsets[0]``.
         bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
@@ -62,10 +65,11 @@ def quantize_and_pool(
         Tensor: [bags, D], or [B, F * D] if ``side_by_side``.
     """
     bags = Bags(
+        row_map,
         ids,
         offsets,
         bags_per_feature,
-        first_row=[quantizer.first_row[f.table] + f.first_row for f in features],
+        first_row=[f.first_row for f in features],
         num_rows=[f.num_rows for f in features],
         table=[quantizer.table_number[f.table] for f in features],
         pooling_mode=[int(f.mean) for f in features],  # FBGEMM's SUM is 0, MEAN 1

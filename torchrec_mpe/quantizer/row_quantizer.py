@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fixed_embedding_bag
 from torchrec_mpe.quantizer.search_config import SearchConfig
 
+RanksByTable = Mapping[str, Tensor | None]
+
 _MIN_STEP_SIZE = 1e-10
+_DIGEST_ROWS = 1 << 20  # rows at a time: no table's whole map needs to exist
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Bags:
     """The bags of F features and what their ids mean, as :func:`torchrec_mpe.ops.expected_embedding_bag` takes them.
 
     Attributes:
+        row_map (Tensor): integer [rows], what each row of the tables, or of a rank's shards of them, belongs to: in the
+            search phase its feature group, in the retrain phase its index among the candidate bit-widths.
         ids (Tensor): int32 or int64 [N], feature after feature, bag after bag.
         offsets (Tensor): int32 or int64 [bags + 1], where each bag starts, counted from ``offsets[0]``.
         bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
-        first_row (Sequence[int]): F numbers, where the feature's rows start among those of all tables.
+        first_row (Sequence[int]): F numbers, where the feature's rows start in ``row_map``.
         num_rows (Sequence[int]): F numbers.
         table (Sequence[int]): F table numbers.
         pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
@@ -36,6 +41,7 @@ class Bags:
         row_offsets (Optional[Tensor]): [F + 1], where each feature's distinct ids start; with ``index``.
     """
 
+    row_map: Tensor
     ids: Tensor
     offsets: Tensor
     bags_per_feature: Sequence[int]
@@ -49,10 +55,28 @@ class Bags:
     row_offsets: Tensor | None = None
 
 
+class _WidthsOverRanks(Mapping[str, TableBitWidths]):
+    """Bit-widths whose frequency ranks come from elsewhere when they are read."""
+
+    def __init__(self, widths: Mapping[str, TableBitWidths], ranks: RanksByTable) -> None:
+        self._by_rank = {table: replace(w, ranks=None) for table, w in widths.items()}
+        self._ranks = ranks
+
+    def __getitem__(self, table: str) -> TableBitWidths:
+        return replace(self._by_rank[table], ranks=self._ranks[table])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_rank)
+
+    def __len__(self) -> int:
+        return len(self._by_rank)
+
+
 class RowQuantizer(nn.Module):
     """Step sizes, offset and 0-bit vectors of the tables of one embedding dimension D.
 
-    The rows of the tables are numbered through, table after table: row ``r`` of table ``t`` is ``first_row[t] + r``.
+    What each row belongs to is not stored here but made by :meth:`row_map`, for a whole table or a shard of it: a
+    sharded collection keeps only the maps of its own rows.
 
     Args:
         num_embeddings (Mapping[str, int]): rows of each table, in order.
@@ -86,11 +110,8 @@ class RowQuantizer(nn.Module):
         self.candidate_bits: tuple[int, ...] = check_candidate_bits(candidate_bits)
         self.embedding_dim = embedding_dim
         self.table_number: dict[str, int] = {table: t for t, table in enumerate(num_embeddings)}
-        self.first_row: dict[str, int] = {}
-        self.num_rows = 0
-        for table, rows in num_embeddings.items():
-            self.first_row[table] = self.num_rows
-            self.num_rows += rows
+        self.num_embeddings = dict(num_embeddings)
+        self.num_rows = sum(num_embeddings.values())
         if device is not None and device.type == "meta":
             device = None  # learned values cannot live there: materializing the model would lose them
         half_codes = [2.0 ** (b - 1) if b else 1.0 for b in self.candidate_bits]
@@ -103,11 +124,21 @@ class RowQuantizer(nn.Module):
         numel = self.num_rows * embedding_dim
         self._gradient_scale = [1 / math.sqrt(h * numel) for h in half_codes]
 
-    def _register_layout(self, name: str, per_row: Tensor) -> None:
-        """Register what each row belongs to; counts or plan make it again, so only its digest is in the state dict."""
-        self.register_buffer(name, per_row.to(self.alpha.device), persistent=False)
-        digest = hashlib.sha256(str(self.candidate_bits).encode() + per_row.cpu().numpy().tobytes()).digest()
-        number = int.from_bytes(digest[:8], "little", signed=True)
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """What the rows ``start`` to ``stop`` of a table belong to, on CPU: see :class:`Bags`."""
+        raise NotImplementedError
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        """Hold the tables' frequency ranks in another form, such as sharded over the ranks of a job."""
+        raise NotImplementedError
+
+    def _register_layout_digest(self) -> None:
+        """Counts or plan make the row maps again, so that only a digest of them is in the state dict."""
+        digest = hashlib.sha256(str(self.candidate_bits).encode())
+        for table, rows in self.num_embeddings.items():
+            for start in range(0, rows, _DIGEST_ROWS):
+                digest.update(self.row_map(table, start, min(start + _DIGEST_ROWS, rows)).numpy().tobytes())
+        number = int.from_bytes(digest.digest()[:8], "little", signed=True)
         self.register_buffer("layout_digest", torch.tensor(number, device=self.alpha.device))
 
     def _load_from_state_dict(
@@ -172,12 +203,7 @@ class SearchQuantizer(RowQuantizer):
 
     Parameters:
         gamma (Tensor): float32 [G, m], starts at 0.
-
-    Buffers:
-        row_group (Tensor): int16 or int32 [rows of all tables], each row's feature group; not in the state dict.
     """
-
-    row_group: Tensor
 
     def __init__(
         self,
@@ -194,8 +220,14 @@ class SearchQuantizer(RowQuantizer):
         self.config = config
         self.groups = groups
         self.gamma = nn.Parameter(torch.zeros(groups.num_groups, len(self.candidate_bits), device=self.alpha.device))
-        row_group = torch.cat([groups.group_of_rows(table) for table in num_embeddings])
-        self._register_layout("row_group", row_group)
+        self._register_layout_digest()
+
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The feature group of the rows ``start`` to ``stop`` of a table, int16 or int32 [stop - start], on CPU."""
+        return self.groups.group_of_rows(table, start, stop)
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        self.groups = replace(self.groups, ranks=make(self.groups.ranks))
 
     def probabilities(self) -> Tensor:
         """``softmax(gamma / temperature)``, [G, m]."""
@@ -217,7 +249,7 @@ class SearchQuantizer(RowQuantizer):
             bags.num_rows,
             bags.table,
             bags.pooling_mode,
-            self.row_group,
+            bags.row_map,
             self.probabilities().to(rows.dtype),
             alpha,
             beta,
@@ -239,12 +271,9 @@ class RetrainQuantizer(RowQuantizer):
         widths (Mapping[str, TableBitWidths]): the bit-widths of each table, in order.
         embedding_dim, candidate_bits, initialization, learn_zero_row, device: as :class:`RowQuantizer`.
 
-    Buffers:
-        row_candidate (Tensor): uint8 [rows of all tables], the index into ``candidate_bits`` of each row's width; not
-            in the state dict.
+    Raises:
+        ValueError: if a row's bit-width is not among the candidates.
     """
-
-    row_candidate: Tensor
 
     def __init__(
         self,
@@ -257,13 +286,22 @@ class RetrainQuantizer(RowQuantizer):
     ) -> None:
         num_embeddings = {table: w.num_embeddings for table, w in widths.items()}
         super().__init__(num_embeddings, embedding_dim, candidate_bits, initialization, learn_zero_row, device)
-        self.widths = dict(widths)
-        candidate_of_width = torch.full((MAX_BITS + 1,), 255, dtype=torch.uint8)
-        candidate_of_width[list(self.candidate_bits)] = torch.arange(len(self.candidate_bits), dtype=torch.uint8)
-        row_candidate = torch.cat([candidate_of_width[w.of_rows().long()] for w in widths.values()])
-        if bool((row_candidate == 255).any()):
-            raise ValueError(f"a row's bit-width is not among the candidates {self.candidate_bits}")
-        self._register_layout("row_candidate", row_candidate)
+        self.widths: Mapping[str, TableBitWidths] = dict(widths)
+        for table, w in widths.items():
+            if not set(w.bits) <= set(self.candidate_bits):
+                raise ValueError(
+                    f"a row of table {table} has a bit-width not among the candidates {self.candidate_bits}"
+                )
+        self._candidate_of_width = torch.zeros(MAX_BITS + 1, dtype=torch.uint8)
+        self._candidate_of_width[list(self.candidate_bits)] = torch.arange(len(self.candidate_bits), dtype=torch.uint8)
+        self._register_layout_digest()
+
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The candidate, as an index, of the rows ``start`` to ``stop``, uint8 [stop - start], on CPU."""
+        return self._candidate_of_width[self.widths[table].of_rows(start, stop).long()]
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        self.widths = _WidthsOverRanks(self.widths, make({table: w.ranks for table, w in self.widths.items()}))
 
     def load_from(self, other: RowQuantizer) -> None:
         """Take over alpha, beta and the 0-bit vectors of another quantizer of the same tables."""
@@ -286,7 +324,7 @@ class RetrainQuantizer(RowQuantizer):
             bags.num_rows,
             bags.table,
             bags.pooling_mode,
-            self.row_candidate,
+            bags.row_map,
             alpha,
             beta,
             zero_rows,

@@ -1,0 +1,64 @@
+"""Frequency ranks of rows, each rank of the job holding those of its own rows."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_ROWS_PER_CHUNK = 1 << 22
+
+
+class ShardedRanks(Mapping[str, Tensor | None]):
+    """The frequency rank of every row by table, sharded like the rows and put together when a table's are read.
+
+    Reading a table is a collective: every rank of the group reads the same tables in the same order.
+
+    Args:
+        ranks (Mapping[str, Optional[Tensor]]): per table, int32 [num_embeddings]; None where ids are ranks. Not kept.
+        shards (Iterable[tuple[str, int, int]]): table, first row and rows of each shard of this rank whose ranks it is
+            to hold; over all ranks they cover every row of a table once.
+        group (Optional[ProcessGroup]): of the ranks; alone if None.
+        device (torch.device): where the group's collectives work.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, Tensor | None],
+        shards: Iterable[tuple[str, int, int]],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self._num_embeddings = {table: None if whole is None else len(whole) for table, whole in ranks.items()}
+        self._shards: dict[str, list[tuple[int, Tensor]]] = {}
+        for table, first, rows in shards:
+            whole = ranks[table]
+            if whole is not None:
+                self._shards.setdefault(table, []).append((first, whole[first : first + rows].cpu().clone()))
+        self._group = group
+        self._device = device
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes that this rank holds, in host memory."""
+        return sum(part.nbytes for parts in self._shards.values() for _, part in parts)
+
+    def __getitem__(self, table: str) -> Tensor | None:
+        rows = self._num_embeddings[table]
+        if rows is None:
+            return None
+        whole = torch.zeros(rows, dtype=torch.int32)
+        for first, part in self._shards.get(table, []):
+            whole[first : first + len(part)] = part
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            for chunk in whole.split(_ROWS_PER_CHUNK):
+                on_device = chunk.to(self._device)
+                dist.all_reduce(on_device, group=self._group)
+                chunk.copy_(on_device)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._num_embeddings)
+
+    def __len__(self) -> int:
+        return len(self._num_embeddings)

@@ -1,0 +1,41 @@
+"""One value per segment of frequency ranks, spread over the rows of a table."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows_from_segments(
+    bounds: Sequence[int],
+    values: Sequence[int],
+    ranks: Tensor | None,
+    dtype: torch.dtype,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """The values of the rows ``start`` to ``stop`` of a table; nothing of the size of the whole table is made.
+
+    Args:
+        bounds (Sequence[int]): k + 1 increasing ranks, from 0 to num_embeddings.
+        values (Sequence[int]): of the k segments; segment s holds the ranks ``bounds[s] <= rank < bounds[s + 1]``.
+        ranks (Optional[Tensor]): int32 [num_embeddings], the rank of each row; None when ids are ranks.
+        dtype (torch.dtype): of the result.
+        start (int): first row.
+        stop (Optional[int]): last row, exclusive; num_embeddings by default.
+
+    Returns:
+        Tensor: [stop - start], indexed by row id less ``start``.
+
+    Example::
+
+        rows_from_segments((0, 1, 3), (6, 2), torch.tensor([2, 0, 1], dtype=torch.int32), torch.uint8)
+        # tensor([2, 6, 2], dtype=torch.uint8)
+    """
+    stop = bounds[-1] if stop is None else stop
+    of_segment = torch.tensor(values, dtype=dtype)
+    if ranks is None:
+        return torch.repeat_interleave(of_segment, torch.tensor(bounds).clamp(start, stop).diff())
+    inner = torch.tensor(bounds[1:-1], dtype=ranks.dtype, device=ranks.device)
+    segment = torch.searchsorted(inner, ranks[start:stop], right=True, out_int32=True)
+    return of_segment.to(ranks.device)[segment]
