@@ -13,7 +13,14 @@ from torchrec_mpe.versions import __version__, warn_or_raise_at_import
 
 if TYPE_CHECKING:
     from torchrec_mpe.bit_widths import TableBitWidths
-    from torchrec_mpe.distributed import MPEEmbeddingBagCollectionSharder, ShardedMPEEmbeddingBagCollection, sharders
+    from torchrec_mpe.checkpoint import Checkpoint, Checkpoints
+    from torchrec_mpe.distributed import (
+        MPEEmbeddingBagCollectionSharder,
+        ShardedMPEEmbeddingBagCollection,
+        TrackedFrequencies,
+        sharders,
+        track_frequencies_,
+    )
     from torchrec_mpe.frequency import FrequencyCounter, count_frequencies
     from torchrec_mpe.inference import emit_inference_model, load, save
     from torchrec_mpe.initialization import RowInitialization
@@ -30,9 +37,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "TableBitWidths": "torchrec_mpe.bit_widths",
+    "Checkpoint": "torchrec_mpe.checkpoint",
+    "Checkpoints": "torchrec_mpe.checkpoint",
     "MPEEmbeddingBagCollectionSharder": "torchrec_mpe.distributed",
     "ShardedMPEEmbeddingBagCollection": "torchrec_mpe.distributed",
+    "TrackedFrequencies": "torchrec_mpe.distributed",
     "sharders": "torchrec_mpe.distributed",
+    "track_frequencies_": "torchrec_mpe.distributed",
     "FrequencyCounter": "torchrec_mpe.frequency",
     "count_frequencies": "torchrec_mpe.frequency",
     "emit_inference_model": "torchrec_mpe.inference",
@@ -56,6 +67,8 @@ _MODULES = {
 }
 
 __all__ = [
+    "Checkpoint",
+    "Checkpoints",
     "FbgemmTableBatchedEmbeddingBags",
     "FrequencyCounter",
     "MPEEmbeddingBagCollection",
@@ -67,6 +80,7 @@ __all__ = [
     "SearchConfig",
     "ShardedMPEEmbeddingBagCollection",
     "TableBitWidths",
+    "TrackedFrequencies",
     "__version__",
     "bit_penalty",
     "count_frequencies",
@@ -80,6 +94,7 @@ __all__ = [
     "sample_precision",
     "save",
     "sharders",
+    "track_frequencies_",
     "uniform_precision",
 ]
 

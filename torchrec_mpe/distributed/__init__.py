@@ -5,5 +5,12 @@ from torchrec_mpe.distributed.embeddingbag import (
     ShardedMPEEmbeddingBagCollection,
     sharders,
 )
+from torchrec_mpe.distributed.frequencies import TrackedFrequencies, track_frequencies_
 
-__all__ = ["MPEEmbeddingBagCollectionSharder", "ShardedMPEEmbeddingBagCollection", "sharders"]
+__all__ = [
+    "MPEEmbeddingBagCollectionSharder",
+    "ShardedMPEEmbeddingBagCollection",
+    "TrackedFrequencies",
+    "sharders",
+    "track_frequencies_",
+]

@@ -27,6 +27,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
 from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
 from torchrec_mpe.initialization import RowInitialization
@@ -65,6 +66,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for table in module.embedding_bag_configs():
             _refuse_wrong_sharding(table, table_name_to_parameter_sharding[table.name])
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        self._counts: LocalCounts | None = None
         self.phase = module.phase
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
@@ -125,17 +127,44 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for forward in self._quantized:
             forward.set_row_map(self._device)
         once = [(table, row, len(values)) for table, row, column, values in self.local_shards() if column == 0]
-        group = self._env.process_group
-        replicated = {
+        if dist.get_rank(self.process_group) > 0:
+            once = [shard for shard in once if shard[0] not in self.data_parallel_tables()]
+        for quantizer in self.quantizers().values():
+            own = [shard for shard in once if shard[0] in quantizer.num_embeddings]
+            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=self.process_group, device=self._device))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that the tables are sharded over."""
+        group: dist.ProcessGroup | None = self._env.process_group
+        return group
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's shards are looked up."""
+        device: torch.device = self._device
+        return device
+
+    def data_parallel_tables(self) -> set[str]:
+        """The tables that every rank has a copy of."""
+        return {
             table
             for table, sharding in self.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
         }
-        if group is not None and dist.get_rank(group) > 0:
-            once = [shard for shard in once if shard[0] not in replicated]
-        for quantizer in self.quantizers().values():
-            own = [shard for shard in once if shard[0] in quantizer.num_embeddings]
-            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=group, device=self._device))
+
+    def start_counting(self) -> None:
+        """Count the lookups of this rank's rows from now on: see :func:`torchrec_mpe.track_frequencies_`."""
+        tables = [
+            [table for kernel in _kernels_of(lookup) for table in kernel.config.embedding_tables]
+            for lookup in self._lookups
+        ]
+        self._counts = LocalCounts(tables, self._device)
+
+    def local_counts(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Table, first row and counts, int64 [rows], of this rank's shards; nothing if they are not counted."""
+        if self._counts is not None:
+            yield from self._counts.shards()
 
     def pooling_of(self, table: str) -> PoolingType:
         """A table's pooling as the user configured it."""
@@ -154,7 +183,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def kernels(self) -> Iterator[BaseBatchedEmbeddingBag]:
         """The embedding kernels that hold this rank's shards."""
         for lookup in self._lookups:
-            yield from (lookup.module if isinstance(lookup, DistributedDataParallel) else lookup)._emb_modules
+            yield from _kernels_of(lookup)
 
     def local_shards(self) -> Iterator[tuple[str, int, int, Tensor]]:
         """This rank's shards: table, first row, first column, and values [rows, columns] in the TBE's memory."""
@@ -209,6 +238,8 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """
         if ctx.variable_batch_per_feature:
             self._refuse_variable_batches_of_dense_kernels()
+        if self._counts is not None and self.training:
+            self._counts.update(input)
         awaitable = super().compute_and_output_dist(ctx, input)
         if self.phase is not Phase.PLAIN and torch.is_grad_enabled():
             awaitable.callbacks.append(self._touch_replicated)
@@ -218,7 +249,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for sharding_type, lookup in zip(self._sharding_types, self._lookups, strict=True):
             if sharding_type == ShardingType.DATA_PARALLEL.value:
                 continue
-            dense = [kernel for kernel in lookup._emb_modules if isinstance(kernel, BatchedDenseEmbeddingBag)]
+            dense = [kernel for kernel in _kernels_of(lookup) if isinstance(kernel, BatchedDenseEmbeddingBag)]
             if len(dense) > 1:
                 tables = [table.name for kernel in dense for table in kernel.config.embedding_tables]
                 raise NotImplementedError(
@@ -246,6 +277,10 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     @property
     def unsharded_module_type(self) -> type[MPEEmbeddingBagCollection]:
         return MPEEmbeddingBagCollection
+
+
+def _kernels_of(lookup: Any) -> Iterator[BaseBatchedEmbeddingBag]:
+    yield from (lookup.module if isinstance(lookup, DistributedDataParallel) else lookup)._emb_modules
 
 
 def _refuse_wrong_sharding(table: Any, sharding: ParameterSharding) -> None:
@@ -304,7 +339,8 @@ class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """TorchRec's, and on CPU also the row-wise ones, which it omits though they run there."""
         types: list[str] = super().sharding_types(compute_device_type)
         if compute_device_type == "cpu":
-            types = list(dict.fromkeys([*types, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]))
+            omitted = (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)
+            types = list(dict.fromkeys([*types, *(kind.value for kind in omitted)]))
         return types
 
     @property

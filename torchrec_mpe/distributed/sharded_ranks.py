@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_ROWS_PER_CHUNK = 1 << 22
+from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 
 
 class ShardedRanks(Mapping[str, Tensor | None]):
@@ -50,12 +50,7 @@ class ShardedRanks(Mapping[str, Tensor | None]):
         whole = torch.zeros(rows, dtype=torch.int32)
         for first, part in self._shards.get(table, []):
             whole[first : first + len(part)] = part
-        if self._group is not None and dist.get_world_size(self._group) > 1:
-            for chunk in whole.split(_ROWS_PER_CHUNK):
-                on_device = chunk.to(self._device)
-                dist.all_reduce(on_device, group=self._group)
-                chunk.copy_(on_device)
-        return whole
+        return sum_over_ranks_(whole, self._group, self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._num_embeddings)

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.distributed.types import ShardingType
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection, Phase
 from torchrec_mpe.packing import TableToPack, directory_by_table, pack_tables
 from torchrec_mpe.quantizer import RetrainQuantizer
@@ -96,22 +96,19 @@ def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:
 
 def _sharded_rows(collection: ShardedMPEEmbeddingBagCollection, table: str) -> RowSource:
     """Rows put together from all ranks, which must ask for the same rows in the same order."""
-    sharding = collection.module_sharding_plan[table].sharding_type
-    group = collection._env.process_group
+    group = collection.process_group
     # Every rank holds all of a data-parallel table: one of them speaks.
-    speaks = sharding != ShardingType.DATA_PARALLEL.value or dist.get_rank(group) == 0
+    speaks = table not in collection.data_parallel_tables() or dist.get_rank(group) == 0
     shards = [(r, c, values) for name, r, c, values in collection.local_shards() if name == table and speaks]
     dim = next(t.embedding_dim for t in collection.embedding_bag_configs() if t.name == table)
 
     def rows(start: int, stop: int) -> Tensor:
-        chunk = torch.zeros(stop - start, dim, device=collection._device)
+        chunk = torch.zeros(stop - start, dim)
         for first_row, first_column, values in shards:
             low, high = max(start, first_row), min(stop, first_row + values.shape[0])
             if low < high:
                 columns = slice(first_column, first_column + values.shape[1])
                 chunk[low - start : high - start, columns] = values[low - first_row : high - first_row]
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(chunk, group=group)
-        return chunk.cpu()
+        return sum_over_ranks_(chunk, group, collection.device)
 
     return rows
