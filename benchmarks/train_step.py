@@ -10,13 +10,18 @@ steps are the same with their quantizers, search with its penalty. A step is for
 Ids are drawn per table with probability proportional to log(1 + 1/i), close to Zipf's law, or uniformly; ten or one a
 bag. Each is measured for the whole step and for the embeddings alone (the loss is a function of their weighted sum),
 where nothing hides what quantization costs. Batches rotate.
+
+Counting frequencies while training (track_frequencies_) is timed inside plain steps that count: its share of the step,
+which is too small for the difference of two steps to show.
 """
 
 import argparse
 import itertools
 import math
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +40,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.text_table import text_table
 
 GOAL = 1.5
+COUNTING_GOAL = 0.02  # of a step
+WORKLOADS = (("zipf", 10), ("uniform", 10), ("zipf", 1))
 DENSE_FEATURES = 13
 BATCHES = 4
 
@@ -128,6 +136,25 @@ def step_of(model: DistributedModelParallel, phase: str, data: list[Any]) -> Cal
     return step
 
 
+def share_of_counting(model: DistributedModelParallel, data: list[Any], seconds: float) -> tuple[float, float]:
+    """Seconds of counting a step and of the whole step, medians over plain steps that count."""
+    mpe.track_frequencies_(model)
+    counting: list[float] = []
+    update = LocalCounts.update
+
+    def timed(counts: LocalCounts, features: Any) -> None:
+        begin = time.perf_counter()
+        update(counts, features)
+        counting.append(time.perf_counter() - begin)
+
+    LocalCounts.update = timed  # type: ignore[method-assign]
+    try:
+        times = interleave({"step": step_of(model, "plain", data)}, seconds, min_rounds=10)
+    finally:
+        LocalCounts.update = update  # type: ignore[method-assign]
+    return statistics.median(counting), statistics.median(times["step"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ends within a minute")
@@ -147,7 +174,7 @@ def main() -> None:
     cases: list[dict[str, Any]] = []
     for alone in (False, True):
         models = {phase: build(options, phase, alone) for phase in ("plain", "search", "retrain")}
-        for ids, length in (("zipf", 10), ("uniform", 10), ("zipf", 1)):
+        for ids, length in WORKLOADS:
             data = batches(options, ids, length)
             steps = {phase: step_of(model, phase, data) for phase, model in models.items()}
             times = interleave(steps, seconds=3 if options.quick else 15, min_rounds=4 if options.quick else 10)
@@ -173,6 +200,33 @@ def main() -> None:
                         "rival_seconds": middle["plain"],
                     }
                 )
+    print(text_table(lines))
+    lines = [["counting", "ids", "ids a bag", "ms a step", "share", "goal"]]
+    model = build(options, "plain", alone=False)
+    for ids, length in WORKLOADS:
+        counted, whole = share_of_counting(model, batches(options, ids, length), 1 if options.quick else 5)
+        lines.append(
+            [
+                "whole step",
+                ids,
+                str(length),
+                f"{counted * 1e3:.2f}",
+                f"{counted / whole:.2%}",
+                f"<= {COUNTING_GOAL:.0%}",
+            ]
+        )
+        cases.append(
+            {
+                "case": f"whole plain step that counts, {ids} ids, {length} a bag",
+                "dim": options.dim,
+                "bits": None,
+                "rival": "the same step without counting",
+                "ratio": whole / (whole - counted),
+                "goal": 1 / (1 - COUNTING_GOAL),
+                "seconds": whole,
+                "rival_seconds": whole - counted,
+            }
+        )
     print(text_table(lines))
     if options.json:
         write_json(options.json, cases)

@@ -1,9 +1,11 @@
 """One model trained for two steps, on any number of ranks: what tests compare."""
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -142,6 +144,9 @@ def local_batch(step: int, case: Case, rank: int, world_size: int) -> tuple[Keye
     ), targets[mine]
 
 
+Batch = Callable[[int, Case, int, int], tuple[KeyedJaggedTensor, torch.Tensor]]
+
+
 class Head(nn.Module):
     """A collection and a linear layer over its output in a fixed order of keys."""
 
@@ -231,20 +236,22 @@ def two_steps(
     world_size: int,
     dense: list[nn.Parameter],
     rows: RowOptimizer | None = None,
+    batch: Batch = local_batch,
 ) -> dict[str, Any]:
     """Evaluation, then forward and gradients of the first step, then another.
 
     Args:
         dense (list[Parameter]): what plain SGD trains.
         rows (Optional[RowOptimizer]): trains the rows of an unsharded collection.
+        batch (Callable): features and targets of a rank, from step, case, rank and world size.
     """
     optimizer = torch.optim.SGD(dense, lr=LEARNING_RATE)
     out: dict[str, Any] = {}
     with torch.no_grad():
-        out["evaluation"] = model.eval()(local_batch(9, case, rank, world_size)[0]).numpy()
+        out["evaluation"] = model.eval()(batch(9, case, rank, world_size)[0]).numpy()
     model.train()
     for step in range(2):
-        features, targets = local_batch(step, case, rank, world_size)
+        features, targets = batch(step, case, rank, world_size)
         predictions = model(features)
         loss = ((predictions - targets) ** 2).mean()
         if case.phase == "search":
@@ -264,24 +271,24 @@ def two_steps(
     return out
 
 
-def on_ranks(cases: list[Case]) -> list[dict[str, Any]]:
+def on_ranks(cases: list[Case], batch: Batch = local_batch) -> list[dict[str, Any]]:
     """Every case under DistributedModelParallel on this group; rows of all shards, put together by the caller."""
     results = []
     for case in cases:
         try:
-            results.append(_on_ranks(case))
+            results.append(_on_ranks(case, batch))
         except Exception:  # told by the case's own test
             results.append({"error": traceback.format_exc()})
     return results
 
 
-def _on_ranks(case: Case) -> dict[str, Any]:
+def _on_ranks(case: Case, batch: Batch) -> dict[str, Any]:
     set_gradient_division(case.gradient_division)
     try:
         model = shard(prepared_model(case), case)
         enter(model, case)
         dense = [p for _, p in in_backward_optimizer_filter(model.named_parameters())]
-        result = two_steps(model, case, dist.get_rank(), dist.get_world_size(), dense)
+        result = two_steps(model, case, dist.get_rank(), dist.get_world_size(), dense, batch=batch)
     finally:
         set_gradient_division(True)
     sharded = model.module.ebc
@@ -297,6 +304,29 @@ def _on_ranks(case: Case) -> dict[str, Any]:
     return result
 
 
+def assert_equal(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """That results of :func:`on_ranks`, one a rank, are those of :func:`in_one_process`."""
+    for number, rank in enumerate(ranks):
+        assert "error" not in rank, f"rank {number}: {rank['error']}"
+        assert set(rank["gradients"]) == set(expected["gradients"])
+    for what in ("evaluation", "forward"):
+        values = np.concatenate([rank[what] for rank in ranks])
+        np.testing.assert_allclose(values, expected[what], rtol=0, atol=6e-6, err_msg=what)
+    for name, gradient in expected["gradients"].items():
+        scale = np.abs(gradient).max() + 1e-12
+        for rank in ranks:
+            error = np.abs(rank["gradients"][name] - gradient).max() / scale
+            assert error < 2e-5, f"gradient of {name} is off by {error:.1e} of its largest value"
+    for rank in ranks:
+        for table, row, column, values in rank["shards"]:
+            part = np.s_[row : row + values.shape[0], column : column + values.shape[1]]
+            np.testing.assert_allclose(values, expected["rows"][table][part], rtol=0, atol=1e-5, err_msg=table)
+        for (table, row, column), state in rank["optimizer"].items():
+            want = expected["optimizer"][table, column].numpy()
+            want = want[row : row + len(state)].reshape(state.shape)
+            np.testing.assert_allclose(state, want, rtol=1e-4, atol=1e-7, err_msg=f"optimizer state of {table}")
+
+
 def on_two_ranks_emitted(case: Case) -> dict[str, Any]:
     """The packed buffers that a sharded model emits before any training."""
     return packed_buffers(shard(prepared_model(case), case))
@@ -307,7 +337,9 @@ def packed_buffers(model: nn.Module) -> dict[str, Any]:
     return {name: buffer.numpy() for name, buffer in emitted.ebc.named_buffers()}
 
 
-def in_one_process(case: Case, emit: bool = False, world_size: int = 2) -> dict[str, Any]:
+def in_one_process(
+    case: Case, emit: bool = False, world_size: int = 2, batch: Batch = local_batch
+) -> dict[str, Any]:
     """The unsharded model over the whole batch.
 
     With gradient division off, TorchRec's rows see the sum of the ranks' gradients instead of their mean, and so
@@ -330,7 +362,7 @@ def in_one_process(case: Case, emit: bool = False, world_size: int = 2) -> dict[
             SHARD_COLUMNS if kind in (CW, TWCW, GRID) else weight.shape[1],
             world_size if kind != DP and not case.gradient_division else 1,
         )
-    result = two_steps(model, case, 0, 1, dense, optimizer)
+    result = two_steps(model, case, 0, 1, dense, optimizer, batch)
     result["rows"] = {name: weight.detach().numpy() for name, weight in rows.items()}
     result["optimizer"] = optimizer.state
     return result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_TIMEOUT_S = 150
+_TIMEOUT_S = 100
 
 
 def _rank(connection: Connection, rank: int, world_size: int, ranks_per_host: int, store: str) -> None:
