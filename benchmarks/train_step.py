@@ -31,7 +31,9 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from measure import interleave, medians, ratio, versions, write_json
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingType
@@ -62,6 +64,13 @@ class EmbeddingsAlone(nn.Module):
         return (self.embedding_bag_collection(features).values() @ self.factors).unsqueeze(1)
 
 
+class RowWiseOnCpu(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder; it does not list row-wise sharding for CPU, where it runs."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
+
+
 def tables(options: argparse.Namespace) -> list[EmbeddingBagConfig]:
     return [
         EmbeddingBagConfig(
@@ -78,8 +87,10 @@ def draw(options: argparse.Namespace, shape: tuple[int, ...], ids: str, generato
     return (torch.exp(uniform * math.log(options.rows + 1)) - 1).long().clamp(0, options.rows - 1)
 
 
-def batches(options: argparse.Namespace, ids: str, length: int) -> list[tuple[Tensor, KeyedJaggedTensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
+def batches(
+    options: argparse.Namespace, ids: str, length: int, seed: int = 1
+) -> list[tuple[Tensor, KeyedJaggedTensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(BATCHES):
         values = draw(options, (options.tables * options.batch * length,), ids, generator)
@@ -90,9 +101,13 @@ def batches(options: argparse.Namespace, ids: str, length: int) -> list[tuple[Te
     return made
 
 
-def build(options: argparse.Namespace, phase: str, alone: bool) -> DistributedModelParallel:
+def build(
+    options: argparse.Namespace, phase: str, alone: bool, sharding: str = ShardingType.TABLE_WISE.value
+) -> DistributedModelParallel:
+    """The model of a phase, sharded over all ranks; phase "torchrec" is TorchRec's own collection and sharder."""
     configs = tables(options)
-    collection = mpe.MPEEmbeddingBagCollection(configs, device=torch.device("meta"))
+    kind = EmbeddingBagCollection if phase == "torchrec" else mpe.MPEEmbeddingBagCollection
+    collection = kind(configs, device=torch.device("meta"))
     model: nn.Module
     if alone:
         model = EmbeddingsAlone(collection, options.tables * options.dim)
@@ -103,12 +118,12 @@ def build(options: argparse.Namespace, phase: str, alone: bool) -> DistributedMo
         mpe.prepare_search_(model, counts, mpe.SearchConfig())
     elif phase == "retrain":
         mpe.prepare_retrain_(model, mpe.precision_from_frequencies(counts, configs, ratio=20))
-    sharders = mpe.sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02})
-    constraint = ParameterConstraints(
-        sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
-    )
+    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02}
+    sharders = [RowWiseOnCpu(fused_params=fused)] if phase == "torchrec" else mpe.sharders(fused)
+    constraint = ParameterConstraints(sharding_types=[sharding], compute_kernels=[EmbeddingComputeKernel.FUSED.value])
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=1, compute_device="cpu"), constraints={c.name: constraint for c in configs}
+        topology=Topology(world_size=dist.get_world_size(), compute_device="cpu"),
+        constraints={c.name: constraint for c in configs},
     )
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
