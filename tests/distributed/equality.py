@@ -26,6 +26,7 @@ from tests.distributed.fused_optimizer import RowOptimizer
 LEARNING_RATE = 0.1
 EPS = 0.01  # of Adagrad; a small one would make a step of any size out of rounding errors
 GLOBAL_BATCH = 8
+EVALUATION = 9  # the step whose batch is only evaluated
 SHARD_COLUMNS = 4  # columns of a shard of column-wise and grid sharding
 INITIALIZATION = mpe.RowInitialization(seed=2, std=0.5)
 
@@ -248,7 +249,7 @@ def two_steps(
     optimizer = torch.optim.SGD(dense, lr=LEARNING_RATE)
     out: dict[str, Any] = {}
     with torch.no_grad():
-        out["evaluation"] = model.eval()(batch(9, case, rank, world_size)[0]).numpy()
+        out["evaluation"] = model.eval()(batch(EVALUATION, case, rank, world_size)[0]).numpy()
     model.train()
     for step in range(2):
         features, targets = batch(step, case, rank, world_size)
@@ -337,9 +338,7 @@ def packed_buffers(model: nn.Module) -> dict[str, Any]:
     return {name: buffer.numpy() for name, buffer in emitted.ebc.named_buffers()}
 
 
-def in_one_process(
-    case: Case, emit: bool = False, world_size: int = 2, batch: Batch = local_batch
-) -> dict[str, Any]:
+def in_one_process(case: Case, emit: bool = False, world_size: int = 2, batch: Batch = local_batch) -> dict[str, Any]:
     """The unsharded model over the whole batch.
 
     With gradient division off, TorchRec's rows see the sum of the ranks' gradients instead of their mean, and so

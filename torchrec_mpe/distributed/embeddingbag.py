@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag, BatchedDenseEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
 from torchrec.distributed.embeddingbag import (
@@ -25,7 +25,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import LazyAwaitable, ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
@@ -50,8 +50,9 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         table_name_to_parameter_sharding, env, fused_params, device, kwargs: as ShardedEmbeddingBagCollection.
 
     Raises:
-        ValueError: for a table that is both grid-sharded and mean-pooled, which TorchRec computes wrongly, or
-            data-parallel with a fused kernel, which FBGEMM cannot keep equal on all ranks.
+        ValueError: for a table that is both grid-sharded and mean-pooled, which TorchRec computes wrongly;
+            data-parallel with a fused kernel, which FBGEMM cannot keep equal on all ranks; mean-pooled in a weighted
+            collection; or in a prepared phase of a compute kernel without unpooled rows.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         **kwargs: Any,
     ) -> None:
         for table in module.embedding_bag_configs():
-            _refuse_wrong_sharding(table, table_name_to_parameter_sharding[table.name])
+            _refuse_wrong_sharding(module, table, table_name_to_parameter_sharding[table.name])
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         self._counts: LocalCounts | None = None
+        self._divide_by_length = self._columns_to_divide()
         self.phase = module.phase
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
@@ -108,6 +110,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             if prepared or self._device.type == "cpu":
                 lookup._forward_with_vbe_merging = MergeVariableBatches(lookup)
             if prepared:
+                lookup.register_forward_hook(self._touch_replicated)
                 # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
                 mean = self._never if isinstance(sharding, _ROWS_SPLIT) else self._is_mean
                 for kernel in lookup._emb_modules:
@@ -230,6 +233,33 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 "FrequencyCounter.merge_across_ranks() before prepare_search_, and give every rank the same plan"
             )
 
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
+        """TorchRec's, but only mean-pooled tables whose rows are split over ranks are divided by bag lengths.
+
+        TorchRec 1.8 prepares to divide all columns of a collection with such a table, those of other sharding types too
+        and those of a sum-pooled table that reads the same feature.
+        """
+        awaitable = super().input_dist(ctx, features)
+        if ctx.divisor is not None:
+            ctx.divisor = torch.where(self._divide_by_length, ctx.divisor, 1)
+        return awaitable
+
+    def _columns_to_divide(self) -> Tensor:
+        """Which columns of the output are of mean-pooled tables that are sharded by rows, bool [sum of dims]."""
+        # TorchRec would put 1 for the lengths of these features, also where a mean-pooled table reads them.
+        self._pooling_type_to_rs_features[PoolingType.SUM.value] = []
+        divided = {
+            name
+            for kind in (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+            for info in self.sharding_type_to_sharding_infos.get(kind, [])
+            if self._is_mean(info.embedding_config.name)
+            for name in info.embedding_config.embedding_names
+        }
+        columns = [
+            torch.full((d,), n in divided) for n, d in zip(self._embedding_names, self._embedding_dims, strict=True)
+        ]
+        return torch.cat(columns).to(self._device)
+
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Lookup, quantize and pool, and output dist.
 
@@ -240,32 +270,33 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             self._refuse_variable_batches_of_dense_kernels()
         if self._counts is not None and self.training:
             self._counts.update(input)
-        awaitable = super().compute_and_output_dist(ctx, input)
-        if self.phase is not Phase.PLAIN and torch.is_grad_enabled():
-            awaitable.callbacks.append(self._touch_replicated)
-        return awaitable
+        return super().compute_and_output_dist(ctx, input)
 
     def _refuse_variable_batches_of_dense_kernels(self) -> None:
-        for sharding_type, lookup in zip(self._sharding_types, self._lookups, strict=True):
+        """Decided from the kernels of all ranks: if only some raised, the others would wait for them."""
+        for sharding_type, sharding in zip(self._sharding_types, self._embedding_shardings, strict=True):
             if sharding_type == ShardingType.DATA_PARALLEL.value:
                 continue
-            dense = [kernel for kernel in _kernels_of(lookup) if isinstance(kernel, BatchedDenseEmbeddingBag)]
-            if len(dense) > 1:
-                tables = [table.name for kernel in dense for table in kernel.config.embedding_tables]
-                raise NotImplementedError(
-                    f"tables {', '.join(tables)} are sharded {sharding_type} with several dense kernels, whose "
-                    "variable batches TorchRec puts together in the wrong order; use the compute kernel fused for them"
-                )
+            for kernels in sharding._grouped_embedding_configs_per_rank:
+                dense = [kernel for kernel in kernels if kernel.compute_kernel == EmbeddingComputeKernel.DENSE]
+                if dense and len(kernels) > 1:
+                    tables = [table.name for kernel in kernels for table in kernel.embedding_tables]
+                    raise NotImplementedError(
+                        f"tables {', '.join(tables)} are sharded {sharding_type} with several dense kernels, whose "
+                        "variable batches TorchRec puts together in the wrong order; use the compute kernel fused for "
+                        "them"
+                    )
 
-    def _touch_replicated(self, pooled: KeyedTensor) -> KeyedTensor:
-        """Give every replicated parameter a zero gradient at least: DDP waits for it also on a rank without tables."""
-        zero = sum((p.view(-1)[0] * 0 for p in self.mpe.parameters()), start=torch.zeros((), device=self._device))
-        return KeyedTensor(
-            keys=pooled.keys(),
-            length_per_key=pooled.length_per_key(),
-            values=pooled.values() + zero,
-            key_dim=pooled.key_dim(),
-        )
+    def _touch_replicated(self, lookup: nn.Module, features: Any, pooled: Tensor) -> Tensor:
+        """Let every replicated parameter's gradient wait for that of every lookup, also where it has no part in it.
+
+        DDP averages a parameter's gradient as soon as it is complete. If that came before output dist's backward on a
+        rank without tables and after it on another, the two would issue their collectives in different orders and hang.
+        """
+        if self.phase is Phase.PLAIN or not torch.is_grad_enabled():
+            return pooled
+        touched: Tensor = _ZeroGradients.apply(pooled, *self.mpe.parameters())  # type: ignore[no-untyped-call]
+        return touched
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names that DDP must leave alone: all but the replicated quantizers."""
@@ -283,11 +314,46 @@ def _kernels_of(lookup: Any) -> Iterator[BaseBatchedEmbeddingBag]:
     yield from (lookup.module if isinstance(lookup, DistributedDataParallel) else lookup)._emb_modules
 
 
-def _refuse_wrong_sharding(table: Any, sharding: ParameterSharding) -> None:
+class _ZeroGradients(torch.autograd.Function):
+    """Its first argument; the others get a gradient of zeros once the first has one."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return pooled.view_as(pooled)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+# Kernels whose rows can be had unpooled, in the order of preference on a GPU.
+_QUANTIZED_KERNELS = tuple(
+    kernel.value
+    for kernel in (
+        EmbeddingComputeKernel.FUSED,
+        EmbeddingComputeKernel.FUSED_UVM_CACHING,
+        EmbeddingComputeKernel.FUSED_UVM,
+        EmbeddingComputeKernel.DENSE,
+    )
+)
+
+
+def _refuse_wrong_sharding(module: MPEEmbeddingBagCollection, table: Any, sharding: ParameterSharding) -> None:
     if sharding.sharding_type == ShardingType.GRID_SHARD.value and table.pooling == PoolingType.MEAN:
         raise ValueError(
             f"table {table.name} has mean pooling, which TorchRec computes wrongly under grid sharding; use another "
             "sharding type for it"
+        )
+    if module.is_weighted() and table.pooling == PoolingType.MEAN:
+        raise ValueError(
+            f"table {table.name} has mean pooling in a weighted collection: TorchRec divides by the count or by the "
+            "weights' sum depending on the sharding; use sum pooling with weights already divided"
+        )
+    if module.phase is not Phase.PLAIN and sharding.compute_kernel not in _QUANTIZED_KERNELS:
+        raise ValueError(
+            f"table {table.name} has the compute kernel {sharding.compute_kernel}, which gives no unpooled rows to "
+            f"quantize; use {', '.join(_QUANTIZED_KERNELS[:-1])} or {_QUANTIZED_KERNELS[-1]}"
         )
     data_parallel = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
     if data_parallel and sharding.compute_kernel != EmbeddingComputeKernel.DENSE.value:
