@@ -1,0 +1,85 @@
+"""TorchRec's step time estimate, with the work that the search and retrain phases add."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.constants import kernel_bw_lookup
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Topology
+
+from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.planner.distinct_shards import distinct_shards
+from torchrec_mpe.planner.lookups import lookups_per_feature
+from torchrec_mpe.planner.optimizer_state import fused_optimizer
+from torchrec_mpe.planner.row_maps import row_map_bytes
+from torchrec_mpe.planner.storage_estimator import sharder_of_type
+from torchrec_mpe.planner.unpooled_rows import unpooled_rows
+
+
+class MPEPerfEstimator(EmbeddingPerfEstimator):
+    """Estimates the step time of shards, in milliseconds, with the work of quantizing rows added.
+
+    Lookup and pooling are bound by memory, so what is added to TorchRec's forward and backward compute is the traffic
+    of :func:`torchrec_mpe.planner.unpooled_rows.unpooled_rows` over the bandwidth of the device's memory::
+
+        fwd_compute += forward_traffic / bandwidth        bytes / (bytes / ms)
+        bwd_compute += backward_traffic / bandwidth
+
+    Communication stays TorchRec's: what travels is pooled embeddings, as ever.
+
+    Args:
+        topology (Topology): devices and their bandwidths.
+        constraints (Optional[Dict[str, ParameterConstraints]]): by table.
+        phase (Optional[Phase]): that is planned for; each collection's own by default.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        phase: Phase | None = None,
+    ) -> None:
+        super().__init__(topology, constraints)
+        self._phase = phase
+
+    def estimate(self, sharding_options: list[ShardingOption], *sharders: Any, **named_sharders: Any) -> None:
+        """Set the perf of every shard of the options.
+
+        Args:
+            sharding_options (List[ShardingOption]): to be estimated.
+            sharders: the enumerator's mapping from module types to sharders, or what it knows of them.
+        """
+        by_type = sharder_of_type(sharders, named_sharders)
+        reduced = [distinct_shards(option) for option in sharding_options]
+        super().estimate([option for option, _ in reduced], by_type)
+        for option, (estimated, like) in zip(sharding_options, reduced, strict=True):
+            self._add_quantization(estimated, by_type)
+            option.is_weighted = estimated.is_weighted
+            for shard, kind in zip(option.shards, like, strict=True):
+                shard.perf = estimated.shards[kind].perf
+
+    def _add_quantization(self, option: ShardingOption, sharders: Mapping[str, Any]) -> None:
+        collection = option.module[1]
+        ours = isinstance(collection, MPEEmbeddingBagCollection)
+        phase = (self._phase or collection.phase) if ours else Phase.PLAIN
+        if phase is Phase.PLAIN:
+            return
+        topology = self._topology
+        bandwidth = kernel_bw_lookup(
+            topology.compute_device,
+            EmbeddingComputeKernel.FUSED.value,  # unpooled rows are on the device whatever the kernel
+            topology.hbm_mem_bw,
+            topology.ddr_mem_bw,
+            topology.hbm_to_ddr_mem_bw,
+        )
+        map_bytes = row_map_bytes(collection, option.name, phase).device
+        optimizer = fused_optimizer(option.tensor, sharders[option.module_type_key].fused_params)
+        for shard in option.shards:
+            rows, columns = shard.size
+            lookups = lookups_per_feature(option, shard, self._constraints, topology.world_size)
+            unpooled = unpooled_rows(
+                lookups, rows, columns, map_bytes, topology.compute_device, option.compute_kernel, optimizer
+            )
+            shard.perf.fwd_compute += unpooled.forward_traffic / bandwidth
+            shard.perf.bwd_compute += unpooled.backward_traffic / bandwidth
