@@ -13,7 +13,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec import EmbeddingBagCollection
 from torchrec.datasets.random import RandomRecDataset
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import Topology
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -50,8 +50,7 @@ def main() -> None:
     fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02}
     sharders = mpe.sharders(fused)
     topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
-    constraints = {t.name: ParameterConstraints(compute_kernels=["fused"]) for t in tables}
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    planner = mpe.MPEShardingPlanner(topology=topology, batch_size=256)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     dmp = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
 

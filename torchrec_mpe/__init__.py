@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         PackedEmbeddingBagCollection,
         PackedTableBatchedEmbeddingBags,
     )
+    from torchrec_mpe.planner import MPEShardingPlanner, MPEStorageReservation, PackedPlacement
     from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
     from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
     from torchrec_mpe.quantizer import SearchConfig
@@ -54,6 +55,9 @@ _MODULES = {
     "FbgemmTableBatchedEmbeddingBags": "torchrec_mpe.modules",
     "PackedEmbeddingBagCollection": "torchrec_mpe.modules",
     "PackedTableBatchedEmbeddingBags": "torchrec_mpe.modules",
+    "MPEShardingPlanner": "torchrec_mpe.planner",
+    "MPEStorageReservation": "torchrec_mpe.planner",
+    "PackedPlacement": "torchrec_mpe.planner",
     "PrecisionPlan": "torchrec_mpe.precision",
     "cut_precision": "torchrec_mpe.precision",
     "precision_from_frequencies": "torchrec_mpe.precision",
@@ -73,7 +77,10 @@ __all__ = [
     "FrequencyCounter",
     "MPEEmbeddingBagCollection",
     "MPEEmbeddingBagCollectionSharder",
+    "MPEShardingPlanner",
+    "MPEStorageReservation",
     "PackedEmbeddingBagCollection",
+    "PackedPlacement",
     "PackedTableBatchedEmbeddingBags",
     "PrecisionPlan",
     "RowInitialization",

@@ -133,6 +133,20 @@ def test_ranks_partition_each_global_batch(
         assert all(len(rows) == batch_size for batches in ranks for rows in batches)
 
 
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 99])
+def test_a_later_start_yields_the_batches_from_there_on(
+    dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch, shuffle_seed: int | None, start: int
+) -> None:
+    # Pieces smaller than what is passed over: a split too large to be permuted at once.
+    monkeypatch.setattr("torchrec_mpe.data.batching.SHUFFLE_ROWS", 96)
+    monkeypatch.setattr("torchrec_mpe.data.batching._CHUNK_ROWS", 16)
+    options: dict[str, Any] = {"shuffle_seed": shuffle_seed, "rank": 1, "world_size": 2}
+    batches = [row_numbers(batch) for batch in dataset.batches("train", 50, **options)]
+    assert len(batches) == 9
+    assert [row_numbers(batch) for batch in dataset.batches("train", 50, start=start, **options)] == batches[start:]
+
+
 def test_no_rank_gets_a_batch_without_rows(dataset: PreparedDataset) -> None:
     # 802 = 5 * 160 + 2: two rows are left for five ranks, and join the last full batch.
     ranks = [list(dataset.batches("train", 32, rank=rank, world_size=5, shuffle_seed=1)) for rank in range(5)]

@@ -36,8 +36,8 @@ def test_unknown_methods(name: str) -> None:
 class _Data:
     """Two batches of given dense features and labels."""
 
-    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
-        assert split == "test"
+    def batches(self, split: str, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+        assert (split, rank, world_size) == ("test", 0, 1)
         kjt = KeyedJaggedTensor.from_lengths_sync(["f"], torch.zeros(2, dtype=torch.int64), torch.ones(2).long())
         for scores, labels in (([0.0, 2.0], [0.0, 1.0]), ([2.0, -1.0], [0.0, 1.0])):
             yield Batch(torch.tensor(scores).unsqueeze(1), kjt, torch.tensor(labels))

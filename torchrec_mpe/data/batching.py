@@ -49,9 +49,9 @@ def count_batches(rows: int, batch_size: int, *, drop_last: bool, world_size: in
 
 
 def row_selections(
-    rows: int, batch_size: int, *, shuffle_seed: int | None, drop_last: bool, rank: int, world_size: int
+    rows: int, batch_size: int, *, shuffle_seed: int | None, drop_last: bool, rank: int, world_size: int, start: int = 0
 ) -> Iterator[slice | torch.Tensor]:
-    """The rows of each batch of one rank: a slice, or int64 [batch] when shuffled.
+    """The rows of each batch of one rank from batch ``start`` on: a slice, or int64 [batch] when shuffled.
 
     ``batch_size * world_size`` consecutive rows of the (shuffled) order make one global batch, cut into equal parts in
     the order of ranks. The last global batch holds what is left, cut as evenly as can be; see :func:`count_batches`.
@@ -65,13 +65,13 @@ def row_selections(
         return first + size * rank // world_size, first + size * (rank + 1) // world_size
 
     if shuffle_seed is None:
-        for number in range(count):
+        for number in range(start, count):
             yield slice(*bounds(number))
         return
     pieces = _shuffled_rows(rows, shuffle_seed)
     order = np.zeros(0, np.int64)
     order_start = 0  # the place of order[0] in the whole permutation
-    for number in range(count):
+    for number in range(start, count):
         begin, end = bounds(number)
         while end > order_start + order.size:
             keep = max(0, begin - order_start)

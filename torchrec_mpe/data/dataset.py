@@ -141,6 +141,7 @@ class PreparedDataset:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """Iterate once over a split.
 
@@ -156,6 +157,7 @@ class PreparedDataset:
             drop_last: leave out the last global batch if it is not full.
             rank: which part of each global batch to take.
             world_size: number of ranks.
+            start: the first batch to yield, for a job that resumes; the batches before it are not read.
 
         Yields:
             Batches with ``dense_features`` float32 [B, dense features], ``labels`` float32 [B], and
@@ -174,6 +176,8 @@ class PreparedDataset:
             )
         if shuffle_seed is not None and shuffle_seed < 0:
             raise ValueError(f"shuffle_seed {shuffle_seed} is negative")
+        if start < 0:
+            raise ValueError(f"start {start} is negative")
         selections = row_selections(
             self.num_rows(split),
             batch_size,
@@ -181,6 +185,7 @@ class PreparedDataset:
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
+            start=start,
         )
         return map(self._builders[split].build, selections)
 

@@ -1,16 +1,21 @@
 """One phase of training, and evaluation: the loop that a user of the library writes, as the command line has it."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import binary_auroc
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingType
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
@@ -19,9 +24,18 @@ from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.distributed import sharders
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.frequency import embedding_bag_configs
+from torchrec_mpe.planner import MPEShardingPlanner
 from torchrec_mpe.search import bit_penalty
+from torchrec_mpe.training.position import Position
+from torchrec_mpe.training.step_log import StepLog
+
+if TYPE_CHECKING:
+    from torchrec_mpe.training.phase_checkpoints import PhaseCheckpoints
 
 _CURVE_POINTS = 40
+
+SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+"""What the planner chooses from by default: the sharding types that run on CPU and on CUDA, fused."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +67,35 @@ class Curve:
     validation: list[dict[str, float]] = field(default_factory=list)
 
 
-def shard(model: nn.Module, settings: Hyperparameters, device: torch.device) -> DistributedModelParallel:
-    """A model under DistributedModelParallel, its rows in fused TBEs with row-wise Adagrad."""
+def shard(
+    model: nn.Module,
+    settings: Hyperparameters,
+    device: torch.device,
+    sharding_types: Sequence[str] = SHARDING_TYPES,
+) -> DistributedModelParallel:
+    """A model under DistributedModelParallel, its rows in fused TBEs with row-wise Adagrad.
+
+    Args:
+        model (nn.Module): its collections in the phase to train; called by all ranks.
+        settings (Hyperparameters): batch size and learning rates.
+        device (torch.device): of this rank.
+        sharding_types (Sequence[str]): values of TorchRec's ShardingType that the planner may choose.
+
+    Raises:
+        PlannerError: if the tables do not fit into the ranks' memory.
+    """
     fused_params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": settings.row_learning_rate}
     constraint = ParameterConstraints(
-        sharding_types=[ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        sharding_types=list(sharding_types), compute_kernels=[EmbeddingComputeKernel.FUSED.value]
     )
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type),
+    memory = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory} if device.type == "cuda" else {}
+    planner = MPEShardingPlanner(
+        topology=Topology(
+            world_size=dist.get_world_size(),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+            compute_device=device.type,
+            **memory,
+        ),
         batch_size=settings.batch_size,
         constraints={table.name: constraint for table in embedding_bag_configs(model)},
     )
@@ -92,6 +126,8 @@ def train_phase(
     seed: int,
     penalize_bits: bool = False,
     progress: bool = True,
+    checkpoints: "PhaseCheckpoints | None" = None,
+    step_log: StepLog | None = None,
 ) -> Curve:
     """Train for some epochs with a fresh optimizer; row updates happen inside the TBE's backward.
 
@@ -104,6 +140,12 @@ def train_phase(
         seed (int): of the rows' order.
         penalize_bits (bool): add :func:`bit_penalty` to the loss.
         progress (bool): show a progress bar.
+        checkpoints (Optional[PhaseCheckpoints]): where to save, and what to go on from: the same batches follow as if
+            training had not been cut off.
+        step_log (Optional[StepLog]): takes the loss of every step, without the penalty.
+
+    Returns:
+        Curve: of the steps trained here, which after a resume are not all.
 
     Raises:
         UserError: if the loss is not finite.
@@ -114,10 +156,15 @@ def train_phase(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps * epochs + 1))
     window = max(1, steps * epochs // _CURVE_POINTS)
     curve = Curve(phase)
-    running, step = torch.zeros((), device=model.device), 0
-    with tqdm(total=steps * epochs, desc=phase, unit="step", disable=not progress or rank > 0, leave=False) as bar:
-        for epoch in range(epochs):
+    start = checkpoints.resume(model, optimizer, schedule) if checkpoints else Position()
+    step = start.epoch * steps + start.batch
+    running, shown = torch.zeros((), device=model.device), step
+    with tqdm(
+        total=steps * epochs, initial=step, desc=phase, unit="step", disable=not progress or rank > 0, leave=False
+    ) as bar:
+        for epoch in range(start.epoch, epochs):
             model.train()
+            first = start.batch if epoch == start.epoch else 0
             batches = data.batches(
                 "train",
                 settings.batch_size,
@@ -125,12 +172,15 @@ def train_phase(
                 drop_last=True,
                 rank=rank,
                 world_size=world_size,
+                start=first,
             )
-            for batch in batches:
+            for number, batch in enumerate(batches, first + 1):
                 batch = batch.to(model.device)
                 logits = model(batch.dense_features, batch.sparse_features).squeeze(1)
                 loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
                 running += loss.detach()
+                if step_log:
+                    step_log.add(phase, step + 1, loss.detach())
                 if penalize_bits:
                     loss = loss + bit_penalty(model)
                 optimizer.zero_grad()
@@ -140,25 +190,53 @@ def train_phase(
                 step += 1
                 bar.update()
                 if step % window == 0:
-                    mean = float(running) / window
+                    mean = float(running) / (step - shown)
                     if not mean < float("inf"):
                         raise UserError(f"the loss is not finite after {step} steps of {phase}: training diverged")
                     curve.steps.append(step)
                     curve.loss.append(mean)
                     bar.set_postfix(loss=f"{mean:.4f}")
                     running.zero_()
-            curve.validation.append({"step": step, "auc": evaluate(model, data, "validation", model.device)["auc"]})
+                    shown = step
+                if checkpoints and number < steps and checkpoints.due(step):
+                    if step_log:
+                        step_log.flush()  # a job that goes on from here does not log these steps again
+                    average_batch_norms(model)
+                    checkpoints.save(model, optimizer, schedule, step, Position(epoch, number))
+            average_batch_norms(model)
+            auc = evaluate(model, data, "validation", model.device)["auc"]
+            curve.validation.append({"step": step, "auc": auc})
+            if step_log:
+                step_log.evaluation(phase, step, auc)
+            if checkpoints:
+                checkpoints.save(model, optimizer, schedule, step, Position(epoch + 1))
     return curve
+
+
+@torch.no_grad()
+def average_batch_norms(model: nn.Module) -> None:
+    """Give every rank the mean of the ranks' running statistics, which each rank gathers from its own batches.
+
+    Running statistics are linear in the batches', so that averaging once more in between changes nothing but rounding.
+    """
+    if dist.get_world_size() == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            for statistics in (module.running_mean, module.running_var):
+                dist.all_reduce(statistics)
+                statistics /= dist.get_world_size()
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, data: PreparedDataset, split: str, device: torch.device, batch_size: int = 8192
 ) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a split, float32 [rows] each, on CPU."""
+    """Logits and labels of this rank's rows of a split, float32 [rows] each, on CPU; all rows in a single process."""
     model.eval()
     logits, labels = [], []
-    for batch in data.batches(split, batch_size):
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for batch in data.batches(split, batch_size, rank=rank, world_size=world_size):
         batch = batch.to(device)
         logits.append(model(batch.dense_features, batch.sparse_features).squeeze(1).float().cpu())
         labels.append(batch.labels.cpu())
@@ -166,9 +244,23 @@ def predict(
 
 
 def evaluate(model: nn.Module, data: PreparedDataset, split: str, device: torch.device) -> dict[str, float]:
-    """AUC (exact, ties counted half) and log loss of a split."""
-    logits, labels = predict(model, data, split, device)
+    """AUC (exact, ties counted half) and log loss of a split; every rank takes part and gets both."""
+    logits, labels = (_of_all_ranks(values, device) for values in predict(model, data, split, device))
     return {
         "auc": float(binary_auroc(logits.double().sigmoid(), labels.int())),
         "logloss": float(F.binary_cross_entropy_with_logits(logits.double(), labels.double())),
     }
+
+
+def _of_all_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """The ranks' float32 [rows], of which each has its own number, one after the other, on CPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = values.numel()
+    dist.all_reduce(sizes)
+    everything = torch.zeros(int(sizes.sum()), device=device)
+    first, last = list(pairwise([0, *accumulate(sizes.tolist())]))[dist.get_rank()]
+    everything[first:last] = values.to(device)
+    dist.all_reduce(everything)
+    return everything.cpu()

@@ -229,13 +229,28 @@ def _finish(
     dmp: DistributedModelParallel, plan: PrecisionPlan | None, data: PreparedDataset, job: Job
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model to serve, and its sizes as stored."""
-    if plan is None:
-        fp32_bytes = sum(4 * field.num_embeddings * job.embedding_dim for field in data.fields)
-        sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes}
-        return dmp, {**sizes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
+    if plan is not None:
+        return emit_checked(dmp, plan, data, job.device)
+    fp32_bytes = sum(4 * field.num_embeddings * job.embedding_dim for field in data.fields)
+    sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes}
+    return dmp, {**sizes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
+
+
+def emit_checked(
+    dmp: DistributedModelParallel, plan: PrecisionPlan, data: PreparedDataset, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Emit a retrained model, and see that it predicts what the retrained one does on the validation rows.
+
+    Returns:
+        nn.Module: with packed rows.
+        Dict[str, Any]: average_bits, embedding_bytes, fp32_bytes and compression_ratio, as stored.
+
+    Raises:
+        RuntimeError: if a logit differs by more than rounding.
+    """
     emitted = emit_inference_model(dmp)
-    retrained, _ = predict(dmp, data, "validation", job.device)
-    packed, _ = predict(emitted, data, "validation", job.device)
+    retrained, _ = predict(dmp, data, "validation", device)
+    packed, _ = predict(emitted, data, "validation", device)
     difference = float(((retrained - packed).abs() / (1 + retrained.abs())).max()) if len(packed) else 0.0
     if not difference <= _EMIT_TOLERANCE:
         raise RuntimeError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,18 +11,19 @@ from torch._C._distributed_c10d import HashStore
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
     """Initialize the world group that torchx set up in the environment, or a group of one that needs no network.
 
     Args:
         device (torch.device): NCCL on CUDA, gloo on CPU.
+        timeout (Optional[timedelta]): how long a rank waits for the others in a collective; torch's default if None.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         yield
         return
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
