@@ -154,13 +154,11 @@ def _runs(kernel: BaseBatchedEmbeddingBag, mean: Callable[[str], bool]) -> Itera
 
 def _rows_of_dense_kernel(kernel: BatchedDenseEmbeddingBag, ids: Tensor, ids_per_feature: list[int]) -> Tensor:
     """FBGEMM's dense TBE ignores PoolingMode.NONE on CPU, so its rows are gathered here."""
-    # Not split_embedding_weights(), which detaches them: the rows' gradient goes through this gather.
+    # Not split_embedding_weights(), which detaches them: the rows' gradient goes through this gather. One split for all
+    # tables, whose backward is one concatenation: that of a slice makes a gradient as large as all tables.
     tbe = kernel.emb_module
-    offsets = [int(offset) for offset in tbe.weights_physical_offsets]
-    weights = [
-        tbe.weights[offset : offset + rows * dim].view(rows, dim)
-        for offset, (rows, dim) in zip(offsets, tbe.embedding_specs, strict=False)
-    ]
+    parts_of = tbe.weights.split([rows * dim for rows, dim in tbe.embedding_specs])
+    weights = [part.view(spec) for part, spec in zip(parts_of, tbe.embedding_specs, strict=True)]
     tables = [t for t, table in enumerate(kernel.config.embedding_tables) for _ in range(table.num_features())]
     parts = ids.split(ids_per_feature)
     return torch.cat([F.embedding(part.long(), weights[t]) for part, t in zip(parts, tables, strict=True)])

@@ -21,8 +21,8 @@ _WHOLE = (EmbeddingComputeKernel.FUSED.value, _DENSE, *_ON_HOST)
 _WEIGHT_BYTES = 4  # float32 per-sample weights
 _COUNT_BYTES = 8  # int64
 # Copies of a dense kernel's weights in backward: DDP's bucket and the gradient; in the prepared phases, whose rows are
-# gathered from slices of the weights, also each table's gradient and the autograd engine's sum over slices.
-_DENSE_GRADIENTS = {Phase.PLAIN: 2, Phase.SEARCH: 4, Phase.RETRAIN: 4}
+# gathered from each table's part of the weights, also the tables' own gradients.
+_DENSE_GRADIENTS = {Phase.PLAIN: 2, Phase.SEARCH: 3, Phase.RETRAIN: 3}
 
 
 @dataclass(frozen=True)
