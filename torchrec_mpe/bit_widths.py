@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.rank_segments import rows_from_segments
+from torchrec_mpe.rank_segments import is_permutation, rows_from_segments
 
 MAX_BITS = 8
 
@@ -51,9 +51,7 @@ class TableBitWidths:
             ranks = self.ranks
             if ranks.dtype != torch.int32 or ranks.shape != (self.num_embeddings,):
                 raise ValueError(f"ranks must be int32 [{self.num_embeddings}]")
-            if ranks.numel() and (int(ranks.min()) < 0 or int(ranks.max()) >= self.num_embeddings):
-                raise ValueError(f"ranks must lie in [0, {self.num_embeddings})")
-            if bool((torch.bincount(ranks, minlength=self.num_embeddings) != 1).any()):
+            if not is_permutation(ranks):
                 raise ValueError(f"ranks must be a permutation of 0 to {self.num_embeddings - 1}")
 
     def __eq__(self, other: object) -> bool:

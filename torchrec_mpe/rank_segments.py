@@ -1,9 +1,11 @@
-"""One value per segment of frequency ranks, spread over the rows of a table."""
+"""Frequency ranks of rows, and values per segment of ranks spread over the rows."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_ROWS_PER_CHUNK = 1 << 20
 
 
 def rows_from_segments(
@@ -39,3 +41,13 @@ def rows_from_segments(
     inner = torch.tensor(bounds[1:-1], dtype=ranks.dtype, device=ranks.device)
     segment = torch.searchsorted(inner, ranks[start:stop], right=True, out_int32=True)
     return of_segment.to(ranks.device)[segment]
+
+
+def is_permutation(values: Tensor) -> bool:
+    """Whether each of the numbers 0 to n - 1 is once in ``values``, integer [n]; takes a byte a row, and no more."""
+    seen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for chunk in values.split(_ROWS_PER_CHUNK):
+        if len(chunk) and (int(chunk.min()) < 0 or int(chunk.max()) >= len(values)):
+            return False
+        seen[chunk.long()] = True
+    return bool(seen.all())

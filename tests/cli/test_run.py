@@ -203,7 +203,7 @@ def test_full_disk(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "artifact")
 
-    monkeypatch.setattr("torchrec_mpe.inference.artifact.save_file", full)
+    monkeypatch.setattr("torchrec_mpe.inference.artifact.write_manifest", full)
     out = tmp_path / "out"
     assert main(["run", *csv_options(log), "--out", str(out), "--method", "rule:5", *SMALL]) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -223,14 +223,14 @@ def test_inspect_refuses_other_things(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_packed_model_predicts_like_the_retrained_one(log: Path, tmp_path: Path) -> None:
-    """The run itself compares logits on the validation rows; here with a packing that is off by one code."""
+    """Emission compares embeddings itself; here with a packing that is off by one code."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         import torchrec_mpe.packing.pack as pack
 
         original = pack.quantize_and_pack
         patch.setattr(pack, "quantize_and_pack", lambda x, bits, alpha, beta: original(x + alpha, bits, alpha, beta))
-        with pytest.raises(RuntimeError, match="packing is wrong"):
+        with pytest.raises(RuntimeError, match=r"table .*: packed and retrained embeddings .* differ by"):
             main(["run", *csv_options(log), "--out", str(tmp_path / "out"), "--method", "uniform:6", *SMALL])
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 import torchrec_mpe as mpe
-from tests.distributed.equality import Case, in_one_process, on_two_ranks_emitted
-from tests.distributed.ranks import run_on_ranks
+from tests.distributed.equality import CW, DP, GRID, RW, TW, TWCW, TWRW, Case, in_one_process, on_two_ranks_emitted
+from tests.distributed.ranks import Ranks
 from tests.inference.models import Model, kjt, retrained, tables
 
 
+@pytest.mark.supports("emit_inference_model", "CPU")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_equals_the_retrained_collection(weighted: bool, dtype: torch.dtype) -> None:
@@ -31,11 +32,21 @@ def test_output_types(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), trained(kjt()).values(), rtol=1e-2, atol=1e-3)
 
 
-def test_two_ranks_emit_the_same_bytes() -> None:
-    """Row-wise and table-wise shards put together are the unsharded model's rows, and so are the packed bytes."""
-    case = Case(("table_wise", "row_wise", "row_wise", "table_wise"), phase="retrain")
+SHARDED = [
+    Case((TW, RW, RW, TW), phase="retrain"),
+    Case((CW, DP, RW, TWCW), phase="retrain"),
+    Case((TWRW, GRID, TW, GRID), phase="retrain", weighted=True),
+    Case((RW, DP, TWRW, CW), phase="retrain", mean=True),
+    Case((RW,), phase="retrain", kernel="dense", zero_row="zero"),
+]
+
+
+@pytest.mark.supports("emit_inference_model", "several ranks, gloo")
+@pytest.mark.parametrize("case", SHARDED, ids=str)
+def test_two_ranks_emit_the_same_bytes(case: Case, two_ranks: Ranks) -> None:
+    """All shards put together are the unsharded model's rows, and so are the packed bytes; both agree with it."""
     want = in_one_process(case, emit=True)["packed"]
-    for rank in run_on_ranks(on_two_ranks_emitted, 2, case):
+    for rank in two_ranks.run(on_two_ranks_emitted, case):
         assert rank.keys() == want.keys()
         for name, tensor in rank.items():
             np.testing.assert_array_equal(tensor, want[name], err_msg=name)

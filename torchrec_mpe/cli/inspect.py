@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
-from torchrec_mpe.inference.artifact import load
-from torchrec_mpe.modules import PackedEmbeddingBagCollection
+from torchrec_mpe.inference.manifest import Document
+from torchrec_mpe.inference.opening import declared_sizes, open_artifact
 from torchrec_mpe.precision import PrecisionPlan
 
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{path} does not exist")
     try:
         print(_describe(path))
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     return 0
 
@@ -43,12 +43,25 @@ def _describe(path: Path) -> str:
         return "\n".join(
             [f"prepared data {path}", f"rows: {rows}", *(f"{f.name}: {f.num_embeddings:,} ids" for f in data.fields)]
         )
-    loaded = load(path)
-    parts = [f"artifact {path}"]
-    for name, module in loaded.named_modules():
-        if isinstance(module, PackedEmbeddingBagCollection):
-            parts += ["", name or "embedding bag collection", str(module.size_report())]
-            for table in module.size_report().tables:
-                widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)
-                parts.append(f"  {table.name}: {table.directory_kind}, {widths}")
+    artifact = open_artifact(path, directories=False, digests=False)
+    parts = [f"artifact {path}", *_provenance(artifact.manifest)]
+    for collection in artifact.manifest["collections"]:
+        sizes = declared_sizes(collection)
+        parts += ["", collection["name"] or "embedding bag collection", str(sizes)]
+        for table in sizes.tables:
+            widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)
+            parts.append(f"  {table.name}: {table.directory_kind}, {widths}")
+    if artifact.dense:
+        dense = sum(tensor.nbytes for tensor in artifact.dense.values())
+        parts += ["", f"dense: {len(artifact.dense)} tensors, {dense:,} bytes"]
     return "\n".join(parts)
+
+
+def _provenance(manifest: Document) -> list[str]:
+    provenance = manifest["provenance"]
+    lines = ["written by: " + ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())]
+    if provenance["precision_plan"] is not None:
+        lines.append(f"precision plan: {json.dumps(provenance['precision_plan'])}")
+    if manifest["metadata"]:
+        lines.append(f"metadata: {json.dumps(manifest['metadata'])}")
+    return lines

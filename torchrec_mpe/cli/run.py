@@ -157,7 +157,7 @@ def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequenc
                 folder = options.out / f"{method.name.replace(':', '-')}-seed{seed}"
                 if outcome.plan is not None:
                     outcome.plan.save(folder / "plan.json")
-                    save(outcome.model, folder / "artifact", metadata={"result": outcome.record})
+                    save(outcome.model, folder / "artifact", plan=outcome.plan, metadata={"result": outcome.record})
                 # The trained model is not kept: the next method needs its memory.
                 outcome.model = torch.nn.Identity()
                 outcomes.append((method, outcome))

@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
+from torchrec_mpe.inference.agreement import check_agreement
+from torchrec_mpe.inference.probe import draw_probe, probe_ids
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection, Phase
 from torchrec_mpe.packing import TableToPack, directory_by_table, pack_tables
 from torchrec_mpe.quantizer import RetrainQuantizer
@@ -20,25 +23,37 @@ Collection = MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection
 
 @torch.no_grad()
 def emit_inference_model(
-    model: nn.Module, *, output_dtype: torch.dtype = torch.float32, directory: str | Mapping[str, str] = "auto"
+    model: nn.Module,
+    *,
+    output_dtype: torch.dtype = torch.float32,
+    directory: str | Mapping[str, str] = "auto",
+    probe: KeyedJaggedTensor | None = None,
 ) -> nn.Module:
     """A copy of a retrained model, in eval mode, whose collections hold packed rows.
 
-    The rows are packed a few MiB at a time; neither they nor the dense network of ``model`` change. In a sharded model
-    every rank takes part and gets the whole packed model.
+    The rows are packed a few MiB at a time; no rank ever holds a whole table as float32. Neither they nor the dense
+    network of ``model`` change. In a sharded model every rank takes part and gets the whole packed model.
+
+    Before it returns, every packed collection is compared with the one that it was made from on a probe batch. An
+    element may differ by 1e-5 of what its table's rows can reach, times the weight of the largest bag, in float32
+    whatever ``output_dtype``: rounding stays far below, one wrong code far above.
 
     Args:
         model (nn.Module): in the retrain phase; DistributedModelParallel, sharded or unsharded.
         output_dtype (torch.dtype): of the pooled embeddings, float32, float16 or bfloat16.
         directory (Union[str, Mapping[str, str]]): how ids find rows, "ranked", "remap", "nibble" or "bitmap", for all
             tables or by table name; "auto", and for tables that are not named: whatever makes the table smallest.
+        probe (Optional[KeyedJaggedTensor]): the batch to compare on, with the features of all collections; in a
+            sharded model every rank brings its own. None: one with an empty bag, the first and last row of every
+            table, of its bit-widths and of its runs, and rows between.
 
     Returns:
         nn.Module: the unwrapped model on its device, with PackedEmbeddingBagCollections in place of the trained ones.
 
     Raises:
+        RuntimeError: naming table and feature, if packed and retrained embeddings of the probe batch differ.
         ValueError: if there is no collection, or one is not in the retrain phase; naming the table, if a directory
-            cannot store its bit-widths or is for no table.
+            cannot store its bit-widths or is for no table, or if the probe batch does not fit.
     """
     source = get_unwrapped_module(model)
     collections = {name: module for name, module in source.named_modules() if isinstance(module, Collection)}
@@ -53,18 +68,22 @@ def emit_inference_model(
     names = [config.name for module in collections.values() for config in module.embedding_bag_configs()]
     chosen = directory_by_table(names, directory)
     # deepcopy finds the packed collections in its memo and never touches the trained rows.
-    memo = {id(module): _pack(module, output_dtype, chosen) for module in collections.values()}
+    memo = {id(module): _pack(module, output_dtype, chosen, probe) for module in collections.values()}
     emitted: nn.Module = copy.deepcopy(source, memo)
     return emitted.eval()
 
 
 def _pack(
-    collection: Collection, output_dtype: torch.dtype, directory: Mapping[str, str]
+    collection: Collection,
+    output_dtype: torch.dtype,
+    directory: Mapping[str, str],
+    probe: KeyedJaggedTensor | None,
 ) -> PackedEmbeddingBagCollection:
     sharded = isinstance(collection, ShardedMPEEmbeddingBagCollection)
+    configs = collection.embedding_bag_configs()
     tables: list[TableToPack] = []
     device = torch.device("cpu")
-    for config in collection.embedding_bag_configs():
+    for config in configs:
         quantizer = collection.quantizers()[config.embedding_dim]
         assert isinstance(quantizer, RetrainQuantizer)
         device = quantizer.beta.device
@@ -80,13 +99,14 @@ def _pack(
                 directory[config.name],
             )
         )
-    return PackedEmbeddingBagCollection(
-        packed=pack_tables(tables),
-        tables=collection.embedding_bag_configs(),
-        is_weighted=collection._is_weighted,
-        output_dtype=output_dtype,
-        device=device,
-    )
+    packed = PackedEmbeddingBagCollection(configs, pack_tables(tables), collection._is_weighted, device=device)
+    if probe is None:
+        ids = {table.name: probe_ids(table.widths) for table in tables}
+        probe = draw_probe(configs, ids, collection._is_weighted, device)
+    check_agreement(collection, packed, probe.to(device))
+    if output_dtype == torch.float32:
+        return packed
+    return PackedEmbeddingBagCollection(configs, packed.packed_tables(), collection._is_weighted, output_dtype)
 
 
 def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:

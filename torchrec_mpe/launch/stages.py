@@ -24,7 +24,7 @@ from torchrec_mpe.launch.job import JobSettings
 from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
 from torchrec_mpe.search import sample_precision
 from torchrec_mpe.training.loop import evaluate, shard, train_phase
-from torchrec_mpe.training.methods import emit_checked, tables_and_counts
+from torchrec_mpe.training.methods import emit_with_sizes, tables_and_counts
 from torchrec_mpe.training.model import build_model
 from torchrec_mpe.training.phase_checkpoints import PhaseCheckpoints
 from torchrec_mpe.training.step_log import StepLog
@@ -171,10 +171,10 @@ def emit(settings: JobSettings, run: RunSettings, data: PreparedDataset, retrain
     plan = found.plan()
     dmp = _shard(found.prepare_(_model(settings, run, data)), settings, run)
     checkpoints.load(dmp, None, found, optimizer_state=False)
-    emitted, sizes = emit_checked(dmp, plan, data, run.device)
+    emitted, sizes = emit_with_sizes(dmp, plan)
     results = {"test": evaluate(emitted, data, "test", run.device), **sizes}
     if dist.get_rank() == 0:
-        save(emitted, out, metadata={"result": results, "retrained": str(retrained.resolve())})
+        save(emitted, out, plan=plan, metadata={"result": results, "retrained": str(retrained.resolve())})
         print(
             f"{out}: AUC {results['test']['auc']:.4f}, {results['embedding_bytes']:,} bytes "
             f"({results['compression_ratio']:.1f}x)",

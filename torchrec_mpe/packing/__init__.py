@@ -6,6 +6,7 @@ from torchrec_mpe.packing.choose_directory import DIRECTORY_CHOICES, directory_b
 from torchrec_mpe.packing.pack import TableToPack, pack_tables
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
 from torchrec_mpe.packing.size import SizeReport, TableSize, packed_bytes, size_report
+from torchrec_mpe.packing.update import UpdatedRows, update_packed_tables_
 from torchrec_mpe.packing.validate import validate_packed_tables
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "TableShape",
     "TableSize",
     "TableToPack",
+    "UpdatedRows",
     "directory_by_table",
     "pack_codes",
     "pack_tables",
     "packed_bytes",
     "size_report",
     "unpack_codes",
+    "update_packed_tables_",
     "validate_packed_tables",
 ]

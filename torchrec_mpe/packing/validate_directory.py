@@ -7,8 +7,8 @@ from torchrec_mpe.bit_widths import MAX_BITS
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
 from torchrec_mpe.packing.directory_lines import set_bits
 from torchrec_mpe.packing.layout import TableLayout
+from torchrec_mpe.rank_segments import is_permutation
 
-_CHUNK_ROWS = 1 << 22
 _CHUNK_LINES = 1 << 14
 
 
@@ -27,24 +27,15 @@ def validate_directory(layout: TableLayout, part: Tensor) -> None:
     if bool(rest.any()):
         raise ValueError(f"table {name}: the directory's alignment must be zero")
     if layout.directory == Directory.REMAP:
-        _check_permutation(lines.view(torch.int32), name)
+        remap = lines.view(torch.int32)
+        if not is_permutation(remap):
+            raise ValueError(f"table {name}: remap must be a permutation of its {remap.numel()} rows")
     if layout.directory in (Directory.BITMAP, Directory.BITMAP_NIBBLE):
         _check_bitmap(lines[: layout.bitmap_bytes].view(-1, LINE_BYTES), layout.num_embeddings, name)
     if layout.directory == Directory.NIBBLE:
         _check_nibbles(lines.view(-1, LINE_BYTES), layout.num_embeddings, 0, name)
     if layout.directory == Directory.BITMAP_NIBBLE:
         _check_nibbles(lines[layout.bitmap_bytes :].view(-1, LINE_BYTES), layout.kept_rows, 1, name)
-
-
-def _check_permutation(remap: Tensor, name: str) -> None:
-    seen = torch.zeros(remap.numel(), dtype=torch.bool, device=remap.device)
-    for start in range(0, remap.numel(), _CHUNK_ROWS):
-        chunk = remap[start : start + _CHUNK_ROWS].long()
-        if int(chunk.min()) < 0 or int(chunk.max()) >= remap.numel():
-            raise ValueError(f"table {name}: remap must stay in [0, {remap.numel()})")
-        seen[chunk] = True
-    if not bool(seen.all()):
-        raise ValueError(f"table {name}: remap must be a permutation of its {remap.numel()} rows")
 
 
 def _check_bitmap(lines: Tensor, rows: int, name: str) -> None:

@@ -19,11 +19,8 @@ from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_
 from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
 from torchrec_mpe.quantizer import SearchConfig
 from torchrec_mpe.search import sample_precision, search_quantizers
-from torchrec_mpe.training.loop import Curve, Hyperparameters, evaluate, predict, shard, train_phase
+from torchrec_mpe.training.loop import Curve, Hyperparameters, evaluate, shard, train_phase
 from torchrec_mpe.training.model import ModelKind, build_model, table_configs
-
-# Largest difference of a logit between the retrained and the packed model, relative above 1: rounding in float32.
-_EMIT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -230,32 +227,23 @@ def _finish(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model to serve, and its sizes as stored."""
     if plan is not None:
-        return emit_checked(dmp, plan, data, job.device)
+        return emit_with_sizes(dmp, plan)
     fp32_bytes = sum(4 * field.num_embeddings * job.embedding_dim for field in data.fields)
     sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes}
     return dmp, {**sizes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
 
 
-def emit_checked(
-    dmp: DistributedModelParallel, plan: PrecisionPlan, data: PreparedDataset, device: torch.device
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Emit a retrained model, and see that it predicts what the retrained one does on the validation rows.
+def emit_with_sizes(dmp: DistributedModelParallel, plan: PrecisionPlan) -> tuple[nn.Module, dict[str, Any]]:
+    """Emit a retrained model, which checks itself against it.
 
     Returns:
         nn.Module: with packed rows.
         Dict[str, Any]: average_bits, embedding_bytes, fp32_bytes and compression_ratio, as stored.
 
     Raises:
-        RuntimeError: if a logit differs by more than rounding.
+        RuntimeError: if packed and retrained embeddings differ by more than rounding.
     """
     emitted = emit_inference_model(dmp)
-    retrained, _ = predict(dmp, data, "validation", device)
-    packed, _ = predict(emitted, data, "validation", device)
-    difference = float(((retrained - packed).abs() / (1 + retrained.abs())).max()) if len(packed) else 0.0
-    if not difference <= _EMIT_TOLERANCE:
-        raise RuntimeError(
-            f"the emitted model's logits differ from the retrained model's by {difference:.2e}: packing is wrong"
-        )
     reports = [m.size_report() for m in emitted.modules() if isinstance(m, PackedEmbeddingBagCollection)]
     return emitted, {
         "average_bits": round(plan.average_bits, 6),

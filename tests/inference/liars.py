@@ -1,0 +1,60 @@
+"""Artifacts changed by somebody who also fixes what would give the change away."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import torchrec_mpe as mpe
+from tests.inference.models import Model, kjt, retrained
+from torchrec_mpe.digest import file_sha256
+from torchrec_mpe.inference.manifest import manifest_sha256
+
+TABLES = "tables-0-0.safetensors"
+
+
+def emitted(directory: Mapping[str, str] = MappingProxyType({"t1": "bitmap", "t2": "ranked", "t3": "nibble"})) -> Model:
+    """A model of every width, by default with a bitmap, runs and nibbles."""
+    torch.manual_seed(0)
+    model = Model(retrained())
+    for _ in range(3):
+        model(kjt())
+    packed = mpe.emit_inference_model(model, directory=directory)
+    assert isinstance(packed, Model)
+    return packed
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:
+    """Change the manifest, and by default make its digest fit."""
+    file = folder / "manifest.json"
+    document = json.loads(file.read_text())
+    change(document)
+    if sign:
+        document["sha256"] = manifest_sha256(document)
+    file.write_text(json.dumps(document))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], name: str = TABLES) -> None:
+    """Change the packed tensors of a file, and make the digests of those that are left fit."""
+    file = folder / name
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+    digests: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        save_bytes = file.with_suffix(".bytes")
+        save_bytes.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digests[key] = file_sha256(save_bytes)
+        save_bytes.unlink()
+
+    def fit(document: dict[str, Any]) -> None:
+        document["files"][name] = file.stat().st_size
+        for tensor, entry in document["collections"][0]["tensors"].items():
+            entry["sha256"] = digests.get(tensor, entry["sha256"])
+
+    edit_manifest(folder, fit)
