@@ -1,0 +1,152 @@
+"""The tensors of checkpoints of any origin, read a few rows at a time and without running code from them."""
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
+
+_SAFETENSORS_FLOATS = {"F64", "F32", "F16", "BF16"}
+_DCP_METADATA = ".metadata"
+
+
+class CheckpointFiles(Protocol):
+    """The floating point tensors of a checkpoint."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the tensors, by key, in the checkpoint's order."""
+        ...
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop - 1`` of a matrix as float32, on the CPU."""
+        ...
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> CheckpointFiles:
+    """Open a checkpoint; no tensor is read yet.
+
+    ====================================================  ==========================================================
+    a ``.safetensors`` file, or a folder of such files    read by row ranges
+    a file of ``torch.save``                              memory-mapped, loaded with ``weights_only=True``; tensors in
+                                                          nested dictionaries have keys joined by dots
+    a folder of ``torch.distributed.checkpoint`` (DCP)    one tensor at a time, as it is stored, and beside it the
+                                                          stored shard that is being read
+    ====================================================  ==========================================================
+
+    Args:
+        path (PathLike): file or folder.
+        allow_pickle (bool): DCP's ``.metadata`` is a pickle, which can run any code: True for a folder whose writer you
+            trust.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if it is no such checkpoint, or one of DCP without ``allow_pickle``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        if (path / _DCP_METADATA).is_file():
+            if not allow_pickle:
+                raise ValueError(
+                    f"{path} is a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle that can run "
+                    "any code: allow pickle if you trust who wrote it"
+                )
+            return _DcpFolder(path)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{path} is a folder without .safetensors files and without DCP's .metadata")
+        return _SafetensorsFiles(files)
+    return _SafetensorsFiles([path]) if path.suffix == ".safetensors" else _TorchFile(path)
+
+
+class _SafetensorsFiles:
+    def __init__(self, files: list[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118
+                        entry = opened.get_slice(key)
+                        if entry.get_dtype() not in _SAFETENSORS_FLOATS:
+                            continue
+                        if key in self._file_of:
+                            raise ValueError(f"{key} is both in {self._file_of[key]} and in {file}")
+                        self.shapes[key], self._file_of[key] = tuple(entry.get_shape()), file
+            except SafetensorError as error:
+                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        with safe_open(self._file_of[key], framework="pt") as opened:
+            rows: Tensor = opened.get_slice(key)[start:stop].float()
+        return rows
+
+
+class _TorchFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{path} cannot be read by torch.load with weights_only=True and mmap=True: {reason}; save the state "
+                "dict alone, of plain tensors, with torch.save or as safetensors"
+            ) from error
+        self._tensors: dict[str, Tensor] = {}
+        self._add("", content)
+        if not self._tensors:
+            raise ValueError(f"{path} holds no floating point tensors")
+        self.shapes: dict[str, tuple[int, ...]] = {key: tuple(t.shape) for key, t in self._tensors.items()}
+
+    def _add(self, key: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for name, entry in value.items():
+                self._add(f"{key}.{name}" if key else str(name), entry)
+        # A DTensor or another subclass may hold one shard only.
+        elif isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point():
+            self._tensors[key] = value.detach()
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        return self._tensors[key][start:stop].float()
+
+
+class _DcpFolder:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            metadata = FileSystemReader(path).read_metadata()
+            entries = metadata.state_dict_metadata
+        except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError) as error:
+            raise ValueError(f"{path / _DCP_METADATA} cannot be read: {error}") from error
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for key, entry in entries.items():
+            if isinstance(entry, TensorStorageMetadata) and entry.properties.dtype.is_floating_point:
+                self.shapes[key], self._dtypes[key] = tuple(entry.size), entry.properties.dtype
+        self._loaded: tuple[str, Tensor] | None = None
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # the table before gives its memory back first
+            tensor = torch.empty(self.shapes[key], dtype=self._dtypes[key])
+            try:
+                with warnings.catch_warnings():
+                    # It warns that it runs in one process, as it is told to.
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                    load_dcp({key: tensor}, storage_reader=FileSystemReader(self._path), no_dist=True)
+            except CheckpointException as error:
+                first = next(iter(error.failures.values()))[0]
+                raise ValueError(f"{self._path}: {key} cannot be read: {first}") from error
+            self._loaded = key, tensor
+        return self._loaded[1][start:stop].float()
