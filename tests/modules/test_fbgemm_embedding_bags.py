@@ -72,6 +72,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.supports('backend="fbgemm": every row directory and bit-width', "CPU")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_directory_width_and_dimension(seed: int, weighted: bool) -> None:
@@ -273,6 +274,7 @@ def test_row_alignment() -> None:
     assert torch.equal(one(ids, offsets), sixteen(ids, offsets))
 
 
+@pytest.mark.supports('backend="fbgemm": every row directory and bit-width', "CUDA")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda() -> None:
     packed, dense = all_kinds(9)
@@ -316,6 +318,7 @@ class Model(nn.Module):
         return 2 * self.tbe(ids, offsets)
 
 
+@pytest.mark.supports('backend="fbgemm": FX and TorchScript', "CPU")
 def test_script_and_fx() -> None:
     packed, _ = all_kinds(11)
     tbe = FbgemmTableBatchedEmbeddingBags(packed, FEATURES, [0] * len(FEATURES))

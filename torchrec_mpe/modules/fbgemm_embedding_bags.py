@@ -48,7 +48,8 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
 
     All state is in buffers: ``.to(device)`` moves it, ``.half()`` and friends leave it as it is, and a state_dict loads
     into a module of the same widths and row alignment. torch.export (``strict=False``), torch.jit.script, and fx with
-    this class as a leaf work; in mode FATAL, which reads ids on the host, torch.export does not.
+    this class as a leaf work. An exported program in mode FATAL asserts: a RuntimeError that names no feature on CPU, a
+    device-side assertion on CUDA, like FBGEMM's own.
 
     Args:
         packed (PackedTables): T tables.
@@ -268,19 +269,29 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
 
     def _checked_offsets(self, offsets: Tensor, ids: int) -> Tensor:
         """Offsets that increase from 0 to the number of ids: as given, else moved, or in mode FATAL an error."""
-        if self._fatal:
+        if self._fatal and not self._is_exporting():
             check_offsets(offsets, ids)
             return offsets
-        offsets = offsets.clamp(0, ids).cummax(0)[0]
-        offsets[:1].fill_(0)
-        offsets[-1:].fill_(ids)
-        return offsets
+        bag = torch.arange(offsets.numel(), device=offsets.device)
+        moved = torch.where(bag == 0, 0, offsets.clamp(0, ids).cummax(0)[0])
+        moved = torch.where(bag == offsets.numel() - 1, torch.full_like(moved, ids), moved)
+        if self._fatal:
+            torch._assert_async((moved == offsets).all(), "offsets must go from 0 to the number of ids in order")
+        return moved
+
+    def _is_exporting(self) -> bool:
+        """Whether torch.export traces, which cannot read ids on the host: then mode FATAL asserts on the device."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return False
+        return torch.compiler.is_exporting()
 
     def _checked_ids(self, indices: Tensor, feature: Tensor) -> Tensor:
         """Ids of -1 or of rows: as given, else row 0, or in mode FATAL an error."""
         rows = self.feature_rows.index_select(0, feature)
         bad = (indices < -1) | (indices >= rows)
-        if self._fatal:
+        if self._fatal and self._is_exporting():
+            torch._assert_async(~bad.any(), "an id is not a row of its table")
+        elif self._fatal:
             if bool(bad.any()):
                 first = int(bad.nonzero()[0])
                 label = self._labels[int(feature[first])]
