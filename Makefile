@@ -12,6 +12,9 @@ BENCH_ARGS ?=
 FUZZ_SECONDS ?= 30
 FUZZ_SEED ?= 1
 
+# How long `make test` asks one model for answers from 8 threads.
+STRESS_SECONDS ?= 3
+
 .PHONY: setup demo test test-cpp bench lint format clean
 
 KERNELS := $(wildcard torchrec_mpe/kernels/cpu/*)
@@ -36,35 +39,54 @@ demo: setup
 	$(BIN)/torchrec-mpe demo --out demo-output
 
 test: setup test-cpp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --stress-seconds $(STRESS_SECONDS)
 
-# C++ tests of the CPU kernels under AddressSanitizer. They need a C++ compiler and nothing else.
+# C++ tests of the CPU kernels under AddressSanitizer, and of lookups against updates under ThreadSanitizer as well.
+# They need a C++ compiler and nothing else.
 CPP_TESTS := build/cpp-tests
-CPP_TEST_FLAGS := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-CPP_TEST_KERNELS := cpu_capability $(foreach kernel,packed_embedding_bag quantize_and_pack, \
+CPP_TESTS_TSAN := build/cpp-tests-tsan
+CPP_TEST_FLAGS := -std=c++17 -O1 -g -pthread
+$(CPP_TESTS)/%: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
+$(CPP_TESTS_TSAN)/%: SANITIZER := -fsanitize=thread
+CPP_TEST_KERNELS := cpu_capability row_lock $(foreach kernel,packed_embedding_bag quantize_and_pack, \
 	$(kernel) $(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
-CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/,lookup_test pack_test lookup_fuzz)
+CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/,lookup_test pack_test update_test lookup_fuzz)
 
 test-cpp:
-	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS)
+	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS) $(CPP_TESTS_TSAN)/update_test
 	$(CPP_TESTS)/pack_test
 	$(CPP_TESTS)/lookup_test
+	$(CPP_TESTS)/update_test
+	$(CPP_TESTS_TSAN)/update_test
 	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus tests/kernels/cpu/corpus \
 		--last $(CPP_TESTS)/lookup_fuzz_input
 
 $(CPP_TESTS)/lookup_fuzz: $(CPP_TESTS)/lookup_fuzz_driver.o
 $(CPP_TEST_PROGRAMS): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS)/%.o)
-	$(CXX) $(CPP_TEST_FLAGS) $^ -o $@
+	$(CXX) $(CPP_TEST_FLAGS) $(SANITIZER) $^ -o $@
 
-$(CPP_TESTS)/%.o: torchrec_mpe/kernels/cpu/%.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(CPP_TEST_FLAGS) -MMD -MP -c $< -o $@
+$(CPP_TESTS_TSAN)/update_test: %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS_TSAN)/%.o)
+	$(CXX) $(CPP_TEST_FLAGS) $(SANITIZER) $^ -o $@
 
-$(CPP_TESTS)/%.o: tests/kernels/cpu/%.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(CPP_TEST_FLAGS) -Wall -Wextra -Itorchrec_mpe/kernels/cpu -MMD -MP -c $< -o $@
+define compile_cpp_tests
+$(1)/%.o: torchrec_mpe/kernels/cpu/%.cpp
+	@mkdir -p $$(@D)
+	$$(CXX) $$(CPP_TEST_FLAGS) $$(SANITIZER) -MMD -MP -c $$< -o $$@
 
--include $(wildcard $(CPP_TESTS)/*.d)
+$(1)/%.o: tests/kernels/cpu/%.cpp
+	@mkdir -p $$(@D)
+	$$(CXX) $$(CPP_TEST_FLAGS) $$(SANITIZER) -Wall -Wextra -Itorchrec_mpe/kernels/cpu -MMD -MP -c $$< -o $$@
+endef
+$(foreach folder,$(CPP_TESTS) $(CPP_TESTS_TSAN),$(eval $(call compile_cpp_tests,$(folder))))
+
+-include $(wildcard $(CPP_TESTS)/*.d $(CPP_TESTS_TSAN)/*.d)
+
+# The C++ host of exported models, build/serve_cpp/serve, against the libtorch of the environment's torch.
+.PHONY: serve-cpp
+serve-cpp: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S examples/serve_cpp -B build/serve_cpp -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/serve_cpp
 
 # Prints what was measured and, unless the run is a quick one, records it in benchmarks/results.
 bench_json = $(if $(filter --quick,$(BENCH_ARGS)),,--json benchmarks/results/$(1).json)
@@ -73,6 +95,10 @@ bench: setup
 	$(BIN)/python benchmarks/lookup.py $(BENCH_ARGS) $(call bench_json,lookup)
 	$(BIN)/python benchmarks/search_op.py $(BENCH_ARGS) $(call bench_json,search_op)
 	$(BIN)/python benchmarks/train_step.py $(BENCH_ARGS) $(call bench_json,train_step)
+	$(BIN)/python benchmarks/scaling.py $(BENCH_ARGS) $(call bench_json,scaling)
+	$(BIN)/python benchmarks/communication.py --check $(call bench_json,communication)
+	$(BIN)/python benchmarks/export.py $(BENCH_ARGS) $(call bench_json,export)
+	$(BIN)/python benchmarks/serve.py $(BENCH_ARGS) $(call bench_json,serve)
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
 		$(BIN)/python benchmarks/gpu_lookup.py $(BENCH_ARGS) $(call bench_json,gpu_lookup); \
 	else echo "bench: gpu_lookup.py is left out, there is no NVIDIA GPU here"; fi

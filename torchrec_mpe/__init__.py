@@ -14,6 +14,7 @@ from torchrec_mpe.versions import __version__, warn_or_raise_at_import
 if TYPE_CHECKING:
     from torchrec_mpe.bit_widths import TableBitWidths
     from torchrec_mpe.checkpoint import Checkpoint, Checkpoints
+    from torchrec_mpe.convert import convert_checkpoint
     from torchrec_mpe.distributed import (
         MPEEmbeddingBagCollectionSharder,
         ShardedMPEEmbeddingBagCollection,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         track_frequencies_,
     )
     from torchrec_mpe.frequency import FrequencyCounter, count_frequencies
-    from torchrec_mpe.inference import emit_inference_model, load, save
+    from torchrec_mpe.inference import emit_inference_model, export, load, load_exported, save
     from torchrec_mpe.initialization import RowInitialization
     from torchrec_mpe.modules import (
         FbgemmTableBatchedEmbeddingBags,
@@ -31,15 +32,23 @@ if TYPE_CHECKING:
         PackedTableBatchedEmbeddingBags,
     )
     from torchrec_mpe.planner import MPEShardingPlanner, MPEStorageReservation, PackedPlacement
-    from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_frequencies, uniform_precision
+    from torchrec_mpe.precision import (
+        PrecisionPlan,
+        cut_precision,
+        precision_from_errors,
+        precision_from_frequencies,
+        uniform_precision,
+    )
     from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
     from torchrec_mpe.quantizer import SearchConfig
     from torchrec_mpe.search import bit_penalty, sample_precision
+    from torchrec_mpe.serving import PackedEmbeddingBagCollectionSharder, shard_packed
 
 _MODULES = {
     "TableBitWidths": "torchrec_mpe.bit_widths",
     "Checkpoint": "torchrec_mpe.checkpoint",
     "Checkpoints": "torchrec_mpe.checkpoint",
+    "convert_checkpoint": "torchrec_mpe.convert",
     "MPEEmbeddingBagCollectionSharder": "torchrec_mpe.distributed",
     "ShardedMPEEmbeddingBagCollection": "torchrec_mpe.distributed",
     "TrackedFrequencies": "torchrec_mpe.distributed",
@@ -48,7 +57,9 @@ _MODULES = {
     "FrequencyCounter": "torchrec_mpe.frequency",
     "count_frequencies": "torchrec_mpe.frequency",
     "emit_inference_model": "torchrec_mpe.inference",
+    "export": "torchrec_mpe.inference",
     "load": "torchrec_mpe.inference",
+    "load_exported": "torchrec_mpe.inference",
     "save": "torchrec_mpe.inference",
     "RowInitialization": "torchrec_mpe.initialization",
     "MPEEmbeddingBagCollection": "torchrec_mpe.modules",
@@ -60,6 +71,7 @@ _MODULES = {
     "PackedPlacement": "torchrec_mpe.planner",
     "PrecisionPlan": "torchrec_mpe.precision",
     "cut_precision": "torchrec_mpe.precision",
+    "precision_from_errors": "torchrec_mpe.precision",
     "precision_from_frequencies": "torchrec_mpe.precision",
     "uniform_precision": "torchrec_mpe.precision",
     "prepare_retrain_": "torchrec_mpe.prepare",
@@ -68,6 +80,8 @@ _MODULES = {
     "SearchConfig": "torchrec_mpe.quantizer",
     "bit_penalty": "torchrec_mpe.search",
     "sample_precision": "torchrec_mpe.search",
+    "PackedEmbeddingBagCollectionSharder": "torchrec_mpe.serving",
+    "shard_packed": "torchrec_mpe.serving",
 }
 
 __all__ = [
@@ -80,6 +94,7 @@ __all__ = [
     "MPEShardingPlanner",
     "MPEStorageReservation",
     "PackedEmbeddingBagCollection",
+    "PackedEmbeddingBagCollectionSharder",
     "PackedPlacement",
     "PackedTableBatchedEmbeddingBags",
     "PrecisionPlan",
@@ -90,16 +105,21 @@ __all__ = [
     "TrackedFrequencies",
     "__version__",
     "bit_penalty",
+    "convert_checkpoint",
     "count_frequencies",
     "cut_precision",
     "emit_inference_model",
+    "export",
     "load",
+    "load_exported",
+    "precision_from_errors",
     "precision_from_frequencies",
     "prepare_retrain_",
     "prepare_search_",
     "reset_rows_",
     "sample_precision",
     "save",
+    "shard_packed",
     "sharders",
     "track_frequencies_",
     "uniform_precision",

@@ -74,6 +74,7 @@ def resumed(saved: dict[Run, Any], fresh_ranks: Ranks) -> dict[Run, list[dict[st
     return {run: [results[k] for results in by_rank] for k, run in enumerate(RESUMED)}
 
 
+@pytest.mark.supports("training: resumed from a checkpoint, bit-equal", "several ranks, gloo")
 @pytest.mark.parametrize("run", RESUMED, ids=str)
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(run: Run, saved: Any, resumed: Any) -> None:
     for rank, (before, after) in enumerate(zip(saved[run][1], resumed[run], strict=True)):

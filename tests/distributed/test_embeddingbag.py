@@ -131,6 +131,7 @@ def shards_of(case: Case, table: str, rows: int, columns: int, world_size: int) 
     return one_of_each * (world_size if kind == DP else 1)
 
 
+@pytest.mark.supports("training: every sharding type equals one process", "several ranks, gloo")
 @pytest.mark.parametrize(("case", "world_size"), EVERY, ids=str)
 def test_equals_one_process(case: Case, world_size: int, results: Results) -> None:
     ranks = results[case, world_size]

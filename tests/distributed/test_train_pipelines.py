@@ -106,6 +106,7 @@ def train_every_way(case: Case) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
     return {str(pipeline): train(case, pipeline) for pipeline in (None, *PIPELINES)}
 
 
+@pytest.mark.supports("training: TorchRec's train pipelines", "several ranks, gloo")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pipelines_equal_the_plain_loop(case: Case, two_ranks: Ranks) -> None:
     for ways in two_ranks.run(train_every_way, case):

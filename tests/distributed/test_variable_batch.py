@@ -122,6 +122,7 @@ def results(two_ranks: Ranks, four_ranks: Ranks) -> dict[tuple[Case, int], list[
     return found
 
 
+@pytest.mark.supports("training: variable batch per feature", "several ranks, gloo")
 @pytest.mark.parametrize(("case", "world_size"), EVERY, ids=str)
 def test_equals_the_whole_batch(
     case: Case, world_size: int, results: dict[tuple[Case, int], list[dict[str, Any]]]

@@ -17,6 +17,7 @@ def packed_collection(weighted: bool = False) -> mpe.PackedEmbeddingBagCollectio
     return collection
 
 
+@pytest.mark.supports("empty batch, empty bags", "CPU")
 def test_empty_batch_and_bags() -> None:
     packed = packed_collection()
     none = torch.zeros(0, dtype=torch.int64)
@@ -59,6 +60,7 @@ def test_bad_input_is_named() -> None:
         packed_collection(weighted=True)(kjt())
 
 
+@pytest.mark.supports("variable batch per feature", "CPU")
 def test_variable_batch_per_feature() -> None:
     """Two bags for f1 and f2, one for f3 that both examples share."""
     packed = packed_collection()

@@ -83,6 +83,7 @@ def test_misuse() -> None:
         mpe.PackedTableBatchedEmbeddingBags(packed, feature_labels=["one"])
 
 
+@pytest.mark.supports("torch.export of the lookup, every row directory", "CPU")
 @pytest.mark.parametrize("kind", list(Directory))
 def test_exports_and_loads(kind: Directory) -> None:
     """The exported program holds one call of the op and runs as a program read from bytes."""

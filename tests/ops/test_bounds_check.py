@@ -78,6 +78,7 @@ def test_fatal_names_the_first_bad_id(kind: Directory) -> None:
     assert not out[3].any(), "a bag of pruned rows is zeros"
 
 
+@pytest.mark.supports("ids that are no rows: FBGEMM's four modes", "CPU")
 @pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN])
 @pytest.mark.parametrize("mode", list(BoundsCheckMode)[:3])
 def test_equals_fbgemms_inference_tbe(pooling: PoolingMode, mode: BoundsCheckMode) -> None:

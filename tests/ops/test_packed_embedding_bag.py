@@ -114,6 +114,7 @@ def test_equals_a_loop(
     check(backend, [kind for kind, _ in tables], [dim for _, dim in tables], pooling, seed, longest)
 
 
+@pytest.mark.supports("lookup: every row directory, sum and weighted sum", "CPU")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dim", [1, 7, 8, 9, 16, 24, 32, 33, 48, 64, 72, 96, 128, 200, 256, 264])
@@ -122,12 +123,14 @@ def test_every_directory_and_dimension(backend: str, kind: Directory, dim: int) 
         check(backend, [kind, Directory.RANKED], [dim, dim], pooling, dim + int(kind), 7)
 
 
+@pytest.mark.supports("lookup: every row directory, sum and weighted sum", "Triton's interpreter")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", ["sum", "mixed", "weighted"])
 def test_triton(kind: Directory, pooling: str) -> None:
     check("triton", [kind, kind], [16, 20], pooling, int(kind), 3)
 
 
+@pytest.mark.supports("lookup: every bit-width from 0 to 8", "CPU")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("bits", range(9))
 @pytest.mark.parametrize("dim", [8, 16, 64, 128])
@@ -190,6 +193,7 @@ def test_unaligned_views(backend: str, shift: int) -> None:
     )
 
 
+@pytest.mark.supports("lookup: float32, float16 and bfloat16 output", "CPU")
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_output_types(backend: str, dtype: torch.dtype) -> None:
@@ -243,6 +247,7 @@ def test_misuse(backend: str) -> None:
         on_backend(backend, packed, [0], indices, offsets, per_sample_weights=torch.ones(5))
 
 
+@pytest.mark.supports("a damaged directory reads nothing outside the buffers", "CPU")
 @pytest.mark.parametrize("backend", CPU)
 def test_a_damaged_directory_is_refused_without_reading_outside(backend: str) -> None:
     packed, dense = random_tables(2, [64], [Directory.NIBBLE])
@@ -263,10 +268,13 @@ def _arguments(weighted: bool = False) -> tuple[object, ...]:
 def test_opcheck(weighted: bool) -> None:
     arguments = _arguments(weighted)
     ops = torch.ops.torchrec_mpe
-    torch.library.opcheck(ops.packed_embedding_bag.default, (*arguments, 1, torch.zeros(1, dtype=torch.int64)))
+    torch.library.opcheck(ops.packed_embedding_bag.default, arguments)
+    counter = torch.zeros(1, dtype=torch.int64)
+    torch.library.opcheck(ops.packed_embedding_bag_counting.default, (*arguments, 1, counter))
     torch.library.opcheck(ops.packed_embedding_bag_out.default, arguments, {"out": torch.empty(4, 24)})
 
 
+@pytest.mark.supports("torch.compile of the lookup", "CPU")
 def test_compile_keeps_the_graph_whole() -> None:
     arguments = _arguments()
     compiled = torch.compile(packed_embedding_bag, fullgraph=True, backend="aot_eager")

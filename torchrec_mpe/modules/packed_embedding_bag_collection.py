@@ -1,6 +1,7 @@
 """Packed tables as a TorchRec module."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import OUTPUT_DTYPES
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.size import SizeReport
+from torchrec_mpe.packing.update import TableRows, UpdatedRows
 
 _POOLING_MODES = {PoolingType.SUM: 0, PoolingType.MEAN: 1}
 
@@ -169,6 +171,20 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             )
             bag += batch
         return pooled
+
+    def apply_update(self, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
+        """Give rows new values in place while others look up, see :meth:`PackedTableBatchedEmbeddingBags.apply_update`.
+
+        Raises:
+            TypeError: with the fbgemm backend, whose rows cannot be updated.
+        """
+        if not isinstance(self.tbe, PackedTableBatchedEmbeddingBags):
+            raise TypeError(
+                f"the collection of tables {', '.join(c.name for c in self._configs)} stores FBGEMM's INT2, INT4 and "
+                "INT8 rows, which cannot be updated: update the packed collection that it was made from, and convert "
+                "that again"
+            )
+        return self.tbe.apply_update(rows)
 
     def packed_tables(self) -> PackedTables:
         """The packed tensors, not copied.

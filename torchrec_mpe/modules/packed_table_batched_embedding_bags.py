@@ -1,6 +1,6 @@
 """Packed tables behind the interface of FBGEMM's inference TBE."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from torchrec_mpe.ops.directory import LINE_BYTES
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.size import SizeReport, size_report
+from torchrec_mpe.packing.update import TableRows, UpdatedRows, update_packed_tables_
 from torchrec_mpe.packing.validate import validate_packed_tables
 
 Self = TypeVar("Self", bound="PackedTableBatchedEmbeddingBags")
@@ -147,6 +148,38 @@ class PackedTableBatchedEmbeddingBags(nn.Module):
             feature_labels=self.feature_labels[first:last],
         )
 
+    def apply_update(self, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
+        """Give rows new values in place, at the bit-widths, step sizes and offsets that the tables have.
+
+        On the CPU any number of threads may look up meanwhile: a lookup finds each row old or new, never half of each,
+        but of several rows, also of one update, it may find some old and others new. It waits while about a thousand
+        rows are written, and for lookups before it that those wait for, of which large ones let a writer in every
+        65,536 ids. On CUDA the update is ordered with other work of the current stream alone. Moving the module or
+        loading a state dict meanwhile is not safe. :func:`torchrec_mpe.packing.update_packed_tables_` says what becomes
+        of tables on the pages of a file.
+
+        Args:
+            rows (Mapping[str, tuple[Tensor, Tensor]]): by table, ids, int32 or int64 [n], and values, float32 [n, D].
+                Of an id that is given more than once the last values stay.
+
+        Returns:
+            dict[str, UpdatedRows]: of each table in ``rows``, how many rows have their new values, and how many have 0
+            bits and so still read the table's vector for such rows.
+
+        Raises:
+            IndexError: naming the table, if an id is no row of it.
+            KeyError: if there is no such table.
+            TypeError: naming the table, if ids or values have another dtype.
+            ValueError: naming the table, if a shape is wrong, or values hold NaN. Whatever is raised, no row of any
+                table has changed.
+
+        Example::
+
+            >>> tbe.apply_update({"t1": (torch.tensor([3, 7]), torch.randn(2, 16))})
+            {'t1': UpdatedRows(written=2, zero_bits=0)}
+        """
+        return update_packed_tables_(self.packed_tables(), rows)
+
     def packed_tables(self) -> PackedTables:
         """The buffers, not copied."""
         return PackedTables(self._tables, **{name: self.get_buffer(name) for name in self._buffer_names})
@@ -167,12 +200,17 @@ class PackedTableBatchedEmbeddingBags(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Floating-point buffers travel as integers, so that half() and friends see nothing to convert.
+        moved: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
             bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
             result = fn(bits)
             if result.dtype != bits.dtype:
                 raise TypeError(f"buffer {name} of packed tables cannot become {result.dtype}")
-            self._buffers[name] = result.view(buffer.dtype)
+            moved[name] = result.view(buffer.dtype)
+        if self.device.type == "cpu" and moved["weights"].device.type not in ("cpu", "meta"):
+            # A file's tables may have been opened without a look at their directories, which Triton's kernels trust.
+            validate_packed_tables(self.packed_tables())
+        self._buffers.update(moved)
         return self
 
     def extra_repr(self) -> str:

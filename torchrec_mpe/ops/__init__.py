@@ -6,6 +6,7 @@ from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
 from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fixed_embedding_bag
+from torchrec_mpe.ops.update_rows import update_rows_
 
 __all__ = [
     "BoundsCheckMode",
@@ -16,5 +17,6 @@ __all__ = [
     "fixed_quantization",
     "packed_embedding_bag",
     "quantize_and_pack",
+    "update_rows_",
     "use_backend",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ BACKENDS = ("reference", "cpu", "triton")
 
 _chosen: ContextVar[str | None] = ContextVar("torchrec_mpe_backend", default=None)
 _chosen_for_compile: str | None = None  # torch.compile sees plain globals only: the last choice of any thread
+_open_blocks: dict[object, str] = {}  # of use_backend in all threads, which may end in any order
+_open_blocks_lock = Lock()
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -42,13 +45,16 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in available_backends():
         raise ValueError(f"no backend {name}; available: {', '.join(available_backends())}")
     global _chosen_for_compile
-    token, before = _chosen.set(name), _chosen_for_compile
-    _chosen_for_compile = name
+    token, block = _chosen.set(name), object()
+    with _open_blocks_lock:
+        _open_blocks[block] = _chosen_for_compile = name
     try:
         yield
     finally:
         _chosen.reset(token)
-        _chosen_for_compile = before
+        with _open_blocks_lock:
+            del _open_blocks[block]
+            _chosen_for_compile = next(reversed(_open_blocks.values()), None)
 
 
 def chosen_backend() -> str | None:

@@ -126,7 +126,13 @@ def _compiled(weights: Tensor, *arguments: Any) -> Tensor:
     """The compiled op, through which tensors on CUDA come to Triton."""
     *rest, output_dtype, mode, warning, out = arguments
     if out is None:
-        result: Tensor = torch.ops.torchrec_mpe.packed_embedding_bag(weights, *rest, output_dtype, mode, warning)
+        # Inductor fails on the op that may write to a counter where there is none.
+        ops = torch.ops.torchrec_mpe
+        result: Tensor = (
+            ops.packed_embedding_bag(weights, *rest, output_dtype, mode)
+            if warning is None
+            else ops.packed_embedding_bag_counting(weights, *rest, output_dtype, mode, warning)
+        )
         return result
     torch.ops.torchrec_mpe.packed_embedding_bag_out(weights, *rest, output_dtype, mode, warning, out=out)
     assert isinstance(out, Tensor)
@@ -135,7 +141,7 @@ def _compiled(weights: Tensor, *arguments: Any) -> Tensor:
 
 def _fake(weights: Tensor, *arguments: Any) -> Tensor:
     columns, features, offsets = arguments[14], len(arguments[15]), arguments[18]
-    dtype = arguments[20] if len(arguments) > 20 else torch.float32
+    dtype = arguments[20]
     batch = (offsets.numel() - 1) // features if features else 0
     return weights.new_empty((batch, columns[-1]), dtype=dtype)
 
@@ -144,19 +150,22 @@ def _fake_out(*arguments: Any, out: Tensor) -> None:
     return None
 
 
-def _cuda(*arguments: Any) -> Tensor:
-    # The dispatcher leaves out trailing arguments that have their defaults.
-    result: Tensor = triton_packed_embedding_bag(*arguments)
+def _cuda(weights: Tensor, *arguments: Any) -> Tensor:
+    # The dispatcher leaves out trailing arguments that have their defaults. Triton launches on the current device.
+    with torch.cuda.device_of(weights):
+        result: Tensor = triton_packed_embedding_bag(weights, *arguments)
     return result
 
 
-def _cuda_out(*arguments: Any, out: Tensor) -> None:
-    triton_packed_embedding_bag(*arguments, out=out)
+def _cuda_out(weights: Tensor, *arguments: Any, out: Tensor) -> None:
+    with torch.cuda.device_of(weights):
+        triton_packed_embedding_bag(weights, *arguments, out=out)
 
 
 if library.is_loaded():
     register("packed_embedding_bag", "cpu", _compiled)
-    torch.library.register_fake("torchrec_mpe::packed_embedding_bag", _fake)
+    for _name in ("packed_embedding_bag", "packed_embedding_bag_counting"):
+        torch.library.register_fake(f"torchrec_mpe::{_name}", _fake)
+        torch.library.impl(f"torchrec_mpe::{_name}", "CUDA", _cuda)
     torch.library.register_fake("torchrec_mpe::packed_embedding_bag_out", _fake_out)
-    torch.library.impl("torchrec_mpe::packed_embedding_bag", "CUDA", _cuda)
     torch.library.impl("torchrec_mpe::packed_embedding_bag_out", "CUDA", _cuda_out)

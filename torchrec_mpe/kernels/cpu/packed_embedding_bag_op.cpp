@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "packed_embedding_bag.h"
+#include "row_lock.h"
 
 namespace torchrec_mpe {
 namespace {
@@ -17,6 +18,8 @@ using at::Tensor;
 
 enum BoundsCheckMode : int64_t { kFatal = 0, kWarning = 1, kIgnore = 2, kNone = 3 };
 constexpr int64_t kMean = 1;
+// Ids and bags of a piece at most, but for a bag of more: a write to the weights does not wait for longer.
+constexpr int64_t kWorkOfAPiece = 1 << 16;
 
 // As Python writes it.
 std::string name_of(at::ScalarType dtype) {
@@ -307,30 +310,35 @@ void packed_embedding_bag_out(
   TORCH_CHECK_VALUE(offset_at(bag_offsets, 0) == 0 && offset_at(bag_offsets, bags) == ids.numel(),
                     "offsets must go from 0 to the ", ids.numel(), " ids, got ", offset_at(bag_offsets, 0), " to ",
                     offset_at(bag_offsets, bags));
-  // A part is worth a thread from about 2000 ids on.
+  // A part is worth a thread from about 2000 ids on. A thread looks up its part in pieces, each under the lock.
   const int64_t work = ids.numel() + bags;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), work / 2000));
-  const std::vector<int64_t> bounds = split_bags(bag_offsets, bags, parts);
-  std::vector<Faults> faults(parts);
+  const int64_t pieces_a_part = work / parts / kWorkOfAPiece + 1;
+  const int64_t pieces = parts * pieces_a_part;
+  const std::vector<int64_t> bounds = split_bags(bag_offsets, bags, pieces);
+  std::vector<Faults> faults(pieces);
   const LookupBags lookup_bags = lookup_bags_kernel();
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      lookup_bags(lookup, bounds[part], bounds[part + 1], faults[part]);
+  const void* const storage = weights.storage().data();
+  at::parallel_for(0, pieces, pieces_a_part, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const SharedRowLock lock(storage);
+      lookup_bags(lookup, bounds[piece], bounds[piece + 1], faults[piece]);
     }
   });
   int64_t bad_ids = 0;
-  for (const Faults& part : faults) {
-    raise(part, lookup, feature_table_map, ids, bounds_check_mode);
-    bad_ids += part.bad_ids;
+  for (const Faults& piece : faults) {
+    raise(piece, lookup, feature_table_map, ids, bounds_check_mode);
+    bad_ids += piece.bad_ids;
   }
   if (bounds_check_mode == kWarning && bounds_check_warning.has_value() && bad_ids > 0) {
     check_tensor(*bounds_check_warning, "bounds_check_warning", at::kLong);
     check_length(*bounds_check_warning, "bounds_check_warning", 1);
-    *bounds_check_warning->data_ptr<int64_t>() += bad_ids;
+    // Threads that look up at once share the counter.
+    __atomic_fetch_add(bounds_check_warning->data_ptr<int64_t>(), bad_ids, __ATOMIC_RELAXED);
   }
 }
 
-Tensor packed_embedding_bag(
+Tensor packed_embedding_bag_counting(
     const Tensor& weights, const Tensor& weights_offsets, const Tensor& rows_per_table, const Tensor& run_records,
     const Tensor& run_starts, const Tensor& run_offsets, const Tensor& directory_kinds, const Tensor& directory,
     const Tensor& directory_offsets, const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets,
@@ -350,24 +358,43 @@ Tensor packed_embedding_bag(
   return out;
 }
 
+// Writes to no argument: Inductor (torch 2.13) fails on an op that may, and is given None to write to.
+Tensor packed_embedding_bag(
+    const Tensor& weights, const Tensor& weights_offsets, const Tensor& rows_per_table, const Tensor& run_records,
+    const Tensor& run_starts, const Tensor& run_offsets, const Tensor& directory_kinds, const Tensor& directory,
+    const Tensor& directory_offsets, const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets,
+    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, at::IntArrayRef D_offsets,
+    at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices, const Tensor& offsets,
+    const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype, int64_t bounds_check_mode) {
+  return packed_embedding_bag_counting(weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets,
+                                       directory_kinds, directory, directory_offsets, alpha, beta, beta_offsets,
+                                       scale_index, zero_rows, zero_row_offsets, D_offsets, feature_table_map,
+                                       pooling_mode, indices, offsets, per_sample_weights, output_dtype,
+                                       bounds_check_mode, std::nullopt);
+}
+
+// No default for output_dtype: AOTInductor writes that of a ScalarType as an int, and then refuses to load it.
 constexpr const char* kArguments =
     "Tensor weights, Tensor weights_offsets, Tensor rows_per_table, Tensor run_records, Tensor run_starts, "
     "Tensor run_offsets, Tensor directory_kinds, Tensor directory, Tensor directory_offsets, Tensor alpha, "
     "Tensor beta, Tensor beta_offsets, Tensor scale_index, Tensor zero_rows, Tensor zero_row_offsets, "
     "int[] D_offsets, int[] feature_table_map, int[] pooling_mode, Tensor indices, Tensor offsets, "
-    "Tensor? per_sample_weights=None, ScalarType output_dtype=float, int bounds_check_mode=0, "
-    "Tensor(a!)? bounds_check_warning=None";
+    "Tensor? per_sample_weights, ScalarType output_dtype, int bounds_check_mode=0";
+constexpr const char* kCounter = ", Tensor(a!)? bounds_check_warning=None";
 
 }  // namespace
 }  // namespace torchrec_mpe
 
 TORCH_LIBRARY_FRAGMENT(torchrec_mpe, m) {
   const std::string arguments = torchrec_mpe::kArguments;
+  const std::string counting = arguments + torchrec_mpe::kCounter;
   m.def(("packed_embedding_bag(" + arguments + ") -> Tensor").c_str());
-  m.def(("packed_embedding_bag_out(" + arguments + ", *, Tensor(b!) out) -> ()").c_str());
+  m.def(("packed_embedding_bag_counting(" + counting + ") -> Tensor").c_str());
+  m.def(("packed_embedding_bag_out(" + counting + ", *, Tensor(b!) out) -> ()").c_str());
 }
 
 TORCH_LIBRARY_IMPL(torchrec_mpe, CPU, m) {
   m.impl("packed_embedding_bag", torchrec_mpe::packed_embedding_bag);
+  m.impl("packed_embedding_bag_counting", torchrec_mpe::packed_embedding_bag_counting);
   m.impl("packed_embedding_bag_out", torchrec_mpe::packed_embedding_bag_out);
 }

@@ -12,6 +12,7 @@ from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_call, check_offs
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes, unpack_codes
 from torchrec_mpe.ops.reference.locate import locate
+from torchrec_mpe.ops.reference.update_rows import ROWS_LOCK
 
 
 @torch.no_grad()
@@ -122,9 +123,17 @@ def _dequantize(
                 rows[chosen] = zero_row
             continue
         places = starts[chosen].unsqueeze(1) + torch.arange(row_bytes(dim, width), device=weights.device)
-        codes = unpack_codes(weights[places], width, dim)
+        codes = unpack_codes(_read(weights, places), width, dim)
         rows[chosen] = (codes.to(beta.dtype) - (1 << (width - 1))) * alpha[width] + beta
     return rows
+
+
+def _read(weights: Tensor, places: Tensor) -> Tensor:
+    """``weights[places]``, none of whose rows another thread is writing."""
+    if torch.compiler.is_compiling() or weights.device.type != "cpu":
+        return weights[places]
+    with ROWS_LOCK:
+        return weights[places]
 
 
 register("packed_embedding_bag", "reference", packed_embedding_bag)
