@@ -41,23 +41,29 @@ demo: setup
 test: setup test-cpp
 	$(BIN)/python -m pytest --stress-seconds $(STRESS_SECONDS)
 
-# C++ tests of the CPU kernels under AddressSanitizer, and of lookups against updates under ThreadSanitizer as well.
+# C++ tests of the CPU kernels under AddressSanitizer, and of what several threads do under ThreadSanitizer as well.
 # They need a C++ compiler and nothing else.
 CPP_TESTS := build/cpp-tests
 CPP_TESTS_TSAN := build/cpp-tests-tsan
 CPP_TEST_FLAGS := -std=c++17 -O1 -g -pthread
 $(CPP_TESTS)/%: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
 $(CPP_TESTS_TSAN)/%: SANITIZER := -fsanitize=thread
-CPP_TEST_KERNELS := cpu_capability row_lock $(foreach kernel,packed_embedding_bag quantize_and_pack, \
+CPP_TEST_KERNELS := cpu_capability row_lock $(foreach kernel, \
+	packed_embedding_bag quantize_and_pack cache_slots stored_rows, \
 	$(kernel) $(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
-CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/,lookup_test pack_test update_test lookup_fuzz)
+CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/, \
+	lookup_test pack_test update_test cache_slots_test stored_rows_test lookup_fuzz)
+CPP_TEST_PROGRAMS_TSAN := $(addprefix $(CPP_TESTS_TSAN)/,update_test stored_rows_test)
 
 test-cpp:
-	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS) $(CPP_TESTS_TSAN)/update_test
+	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS) $(CPP_TEST_PROGRAMS_TSAN)
 	$(CPP_TESTS)/pack_test
 	$(CPP_TESTS)/lookup_test
 	$(CPP_TESTS)/update_test
 	$(CPP_TESTS_TSAN)/update_test
+	$(CPP_TESTS)/cache_slots_test
+	$(CPP_TESTS)/stored_rows_test
+	$(CPP_TESTS_TSAN)/stored_rows_test
 	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus tests/kernels/cpu/corpus \
 		--last $(CPP_TESTS)/lookup_fuzz_input
 
@@ -65,7 +71,7 @@ $(CPP_TESTS)/lookup_fuzz: $(CPP_TESTS)/lookup_fuzz_driver.o
 $(CPP_TEST_PROGRAMS): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS)/%.o)
 	$(CXX) $(CPP_TEST_FLAGS) $(SANITIZER) $^ -o $@
 
-$(CPP_TESTS_TSAN)/update_test: %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS_TSAN)/%.o)
+$(CPP_TEST_PROGRAMS_TSAN): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS_TSAN)/%.o)
 	$(CXX) $(CPP_TEST_FLAGS) $(SANITIZER) $^ -o $@
 
 define compile_cpp_tests

@@ -9,11 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torchrec_mpe.kernels.triton import (
+    cache_slots,
     expected_quantization,
     fixed_quantization,
     packed_embedding_bag,
     quantize_and_pack,
     segment_sum,
+    stored_rows,
 )
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 
@@ -32,6 +34,9 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
         attrs=aligned,
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    if options.get("enable_fp_fusion") is False:
+        ptx = compiled.asm["ptx"]
+        assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx, f"{kernel.fn.__name__} is not exact"
     print(f"{kernel.fn.__name__} {constants}: {len(compiled.asm['cubin'])} bytes")
 
 
@@ -79,12 +84,62 @@ def quantization(module: Any, real: str, dim: int) -> None:
         compile_kernel(kernel, types, {name: constants[name] for name in constants if name in kernel.arg_names})
 
 
+def cache(lfu: bool) -> None:
+    wide = ("tables", "table_of_id", "table_of_slot", "positions")
+    narrow = (
+        "rows",
+        "multiplicity",
+        "slots",
+        "missing_sets",
+        "hit_ways",
+        "sums",
+        "id_sums",
+        "spill_sums",
+        "free_slots",
+    )
+    moves = ("written_slots", "written_rows", "fetched_slots", "fetched_rows")
+    types = {
+        **dict.fromkeys(wide, I64),
+        **dict.fromkeys((*narrow, *moves), I32),
+        "new_counts": I8,
+        "evictions": "*i8",
+    }
+    for kernel in (
+        cache_slots._probe_kernel,
+        cache_slots._victim_kernel,
+        cache_slots._empty_spill_kernel,
+        cache_slots._fill_kernel,
+    ):
+        block = cache_slots._PROBE_BLOCK if kernel is cache_slots._probe_kernel else cache_slots._BLOCK
+        constants = {"LFU": lfu, "DIRTY": 1, "BLOCK": block}
+        constants = {name: constants[name] for name in constants if name in kernel.arg_names}
+        compile_kernel(kernel, types, constants, num_warps=4 if "BLOCK" in constants else 1)
+
+
+def rows(dim: int, stochastic: bool) -> None:
+    for kernels, columns in (
+        ((stored_rows._write_codes_kernel, stored_rows._read_codes_kernel), dim),
+        ((stored_rows._write_state_kernel, stored_rows._read_state_kernel), 1),
+    ):
+        tile_rows, tile_columns = stored_rows.tile_shape(columns)
+        for kernel in kernels:
+            for dtype in range(3) if "DTYPE" in kernel.arg_names else (0,):
+                constants = {"STOCHASTIC": stochastic, "DTYPE": dtype, "ROWS": tile_rows, "COLUMNS": tile_columns}
+                constants = {name: constants[name] for name in constants if name in kernel.arg_names}
+                compile_kernel(kernel, {"tables": I64}, constants, **stored_rows._OPTIONS)
+
+
 def main(part: str) -> None:
     if part == "lookup":
         lookup(8, BoundsCheckMode.WARNING)
         lookup(64, BoundsCheckMode.FATAL, ids=I32, weighted=True)
         lookup(128, BoundsCheckMode.NONE)
         lookup(1024, BoundsCheckMode.IGNORE, compute=tl.float64)
+    elif part == "cache":
+        cache(lfu=True)
+        cache(lfu=False)
+        rows(64, stochastic=True)
+        rows(128, stochastic=False)
     else:
         quantization(expected_quantization, F32, 16)
         quantization(fixed_quantization, F64, 128)

@@ -1,19 +1,37 @@
 """The thin functions between the ops and the kernels."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from torchrec_mpe.ops import backends, fixed_quantization, quantize_and_pack, triton_backend
+from torchrec_mpe.ops import backends, fixed_quantization, library, quantize_and_pack, triton_backend
+from torchrec_mpe.ops.cache_slots import assign_cache_slots_
+from torchrec_mpe.ops.cache_tensors import empty_directory
 
-OPS = ["expected_quantization", "fixed_quantization", "packed_embedding_bag", "quantize_and_pack"]
+OPS = [
+    "expected_quantization",
+    "fixed_quantization",
+    "packed_embedding_bag",
+    "quantize_and_pack",
+    "assign_cache_slots_",
+    "write_stored_rows_",
+    "read_stored_rows_",
+]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_is_registered(op):
     assert backends.implementation(op, "triton") is getattr(triton_backend, op)
+
+
+@pytest.mark.skipif(not library.is_loaded(), reason="the compiled library is not built")
+@pytest.mark.parametrize("op", list(triton_backend.CUDA_CACHE))
+def test_the_dispatcher_takes_it_for_cuda_tensors(op: str) -> None:
+    importlib.import_module(f"torchrec_mpe.ops.{'cache_slots' if op == 'assign_cache_slots_' else 'stored_rows'}")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torchrec_mpe::{op}", "CUDA")
 
 
 def test_importing_the_ops_imports_no_triton():
@@ -29,6 +47,11 @@ def test_an_op_runs_on_triton_by_name(device):
     assert out.tolist() == [[0.25], [-0.25]]
     packed = quantize_and_pack(rows, 4, torch.tensor(0.25, device=device), beta, backend="triton")
     assert packed.tolist() == [[9, 0, 0, 0], [7, 0, 0, 0]]
+    directory = empty_directory(9, 1, 0, lfu=False, device=device)
+    ids = torch.tensor([8, 3, 8], device=device)
+    slots, moves, _ = assign_cache_slots_([directory], ids, [3], [9], [1], [0], [0], 1, 1, True, backend="triton")
+    assert slots.tolist() == [0, 1, 0]
+    assert moves[0].fetched_rows.tolist() == [8, 3]
 
 
 def test_without_triton_one_sentence_says_what_to_install(monkeypatch):
