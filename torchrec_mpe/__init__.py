@@ -1,6 +1,7 @@
 """Mixed-precision embedding tables for TorchRec: learned bit-widths from 0 to 8 bits per group of rows.
 
-Source: Mixed-Precision Embeddings for Large-Scale Recommendation Models (arXiv 2409.20305).
+Sources: Mixed-Precision Embeddings for Large-Scale Recommendation Models (arXiv 2409.20305); Mixed-Precision Embedding
+Using a Cache (arXiv 2010.11305).
 
 Names are imported when they are first used, so that `torchrec-mpe doctor` can run where torch, fbgemm or torchrec is
 missing; using a name there raises an ImportError that says what to install.
@@ -13,10 +14,13 @@ from torchrec_mpe.versions import __version__, warn_or_raise_at_import
 
 if TYPE_CHECKING:
     from torchrec_mpe.bit_widths import TableBitWidths
+    from torchrec_mpe.cache import CacheConfig, CacheStatistics
     from torchrec_mpe.checkpoint import Checkpoint, Checkpoints
     from torchrec_mpe.convert import convert_checkpoint
     from torchrec_mpe.distributed import (
+        CachedEmbeddingBagCollectionSharder,
         MPEEmbeddingBagCollectionSharder,
+        ShardedCachedEmbeddingBagCollection,
         ShardedMPEEmbeddingBagCollection,
         TrackedFrequencies,
         sharders,
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
         PackedEmbeddingBagCollection,
         PackedTableBatchedEmbeddingBags,
     )
+    from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
     from torchrec_mpe.planner import MPEShardingPlanner, MPEStorageReservation, PackedPlacement
     from torchrec_mpe.precision import (
         PrecisionPlan,
@@ -46,10 +51,14 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "TableBitWidths": "torchrec_mpe.bit_widths",
+    "CacheConfig": "torchrec_mpe.cache",
+    "CacheStatistics": "torchrec_mpe.cache",
     "Checkpoint": "torchrec_mpe.checkpoint",
     "Checkpoints": "torchrec_mpe.checkpoint",
     "convert_checkpoint": "torchrec_mpe.convert",
+    "CachedEmbeddingBagCollectionSharder": "torchrec_mpe.distributed",
     "MPEEmbeddingBagCollectionSharder": "torchrec_mpe.distributed",
+    "ShardedCachedEmbeddingBagCollection": "torchrec_mpe.distributed",
     "ShardedMPEEmbeddingBagCollection": "torchrec_mpe.distributed",
     "TrackedFrequencies": "torchrec_mpe.distributed",
     "sharders": "torchrec_mpe.distributed",
@@ -66,6 +75,7 @@ _MODULES = {
     "FbgemmTableBatchedEmbeddingBags": "torchrec_mpe.modules",
     "PackedEmbeddingBagCollection": "torchrec_mpe.modules",
     "PackedTableBatchedEmbeddingBags": "torchrec_mpe.modules",
+    "CachedEmbeddingBagCollection": "torchrec_mpe.modules.cached_embedding_bag_collection",
     "MPEShardingPlanner": "torchrec_mpe.planner",
     "MPEStorageReservation": "torchrec_mpe.planner",
     "PackedPlacement": "torchrec_mpe.planner",
@@ -85,6 +95,10 @@ _MODULES = {
 }
 
 __all__ = [
+    "CacheConfig",
+    "CacheStatistics",
+    "CachedEmbeddingBagCollection",
+    "CachedEmbeddingBagCollectionSharder",
     "Checkpoint",
     "Checkpoints",
     "FbgemmTableBatchedEmbeddingBags",
@@ -100,6 +114,7 @@ __all__ = [
     "PrecisionPlan",
     "RowInitialization",
     "SearchConfig",
+    "ShardedCachedEmbeddingBagCollection",
     "ShardedMPEEmbeddingBagCollection",
     "TableBitWidths",
     "TrackedFrequencies",

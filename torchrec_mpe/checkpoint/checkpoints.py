@@ -65,6 +65,9 @@ class Checkpoints:
     A checkpoint is written under a hidden name and renamed when all ranks are done and it is on disk. A job killed at
     any moment leaves the previous one to load; the next save clears away what it left.
 
+    Cached tables are saved as they are stored: every save writes the rows in their caches back, with the optimizer
+    state that is saved with them, and empties the caches.
+
     All methods are collective: every rank calls them in the same order. One job at a time uses a folder.
 
     The tensors are written by torch.distributed.checkpoint (DCP) in its own format. DCP's index file, ``.metadata``, is

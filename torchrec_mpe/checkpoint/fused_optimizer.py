@@ -12,6 +12,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
+from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.checkpoint.cached_tables import cached_plans
+from torchrec_mpe.distributed.cached_embedding_kernel import CachedFusedOptimizer
+
 
 def fused_state(model: DistributedModelParallel) -> dict[str, Tensor]:
     """State tensors of this rank's shards, ``<parameter>.<table>.<state>``, in the TBEs' memory."""
@@ -26,8 +30,9 @@ def fused_numbers(model: DistributedModelParallel) -> dict[str, Tensor]:
     """Steps taken and learning rate of each table of this rank, float64 [2] by parameter name."""
     numbers: dict[str, Tensor] = {}
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
-        tbe = optimizer._emb_module
-        steps = int(tbe.iter.item()) if isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen) else 0
+        tbe: Any = optimizer._emb_module
+        has_steps = isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen | CachedTableBatchedEmbeddingBags)
+        steps = int(tbe.iter.item()) if has_steps else 0
         pair = torch.tensor([steps, tbe.get_learning_rate()], dtype=torch.float64)
         numbers.update(dict.fromkeys(parameters, pair))
     return numbers
@@ -42,7 +47,9 @@ def set_fused_numbers(model: DistributedModelParallel, numbers: Mapping[str, Ten
         tbe.set_learning_rate(learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        if isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
+        if isinstance(tbe, CachedTableBatchedEmbeddingBags):
+            tbe.set_optimizer_step(steps)
+        elif isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
             tbe.set_optimizer_step(steps)
             if hasattr(tbe, "iter_cpu"):  # newer FBGEMM counts on the host as well
                 tbe.iter_cpu.fill_(steps)
@@ -74,6 +81,8 @@ def describe_tables(model: DistributedModelParallel, state_dict: Mapping[str, Te
         module_plan = model.plan.plan.get(".".join(parts[:-3]), {})
         if parts[-2] in module_plan:
             tables[key] = _describe(module_plan[parts[-2]], global_size(state_dict[key])[1])
+    for name, sharding in cached_plans(model):
+        tables[name] = _describe(sharding, 0)  # always has a sharding spec
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
         for parameter in parameters:
             tables[parameter]["optimizer"] = optimizer._emb_module.optimizer.value
@@ -148,12 +157,12 @@ def local_tensors(tensor: Tensor) -> list[Tensor]:
 
 def _fused_optimizers(
     optimizer: KeyedOptimizer, prefix: str = ""
-) -> Iterator[tuple[list[str], EmbeddingFusedOptimizer]]:
+) -> Iterator[tuple[list[str], EmbeddingFusedOptimizer | CachedFusedOptimizer]]:
     """The optimizer of each TBE, with the full names of its parameters."""
     if isinstance(optimizer, CombinedOptimizer):
         for name, inner in optimizer.optimizers:
             yield from _fused_optimizers(inner, f"{prefix}{name}." if name else prefix)
-    elif isinstance(optimizer, EmbeddingFusedOptimizer):
+    elif isinstance(optimizer, EmbeddingFusedOptimizer | CachedFusedOptimizer):
         yield [f"{prefix}{name}" for name in optimizer.params], optimizer
 
 

@@ -11,6 +11,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_mpe.checkpoint.cached_tables import (
+    cache_progress,
+    cache_progress_targets,
+    check_cached_tables,
+    clear_cached_optimizer_state,
+    set_cache_progress,
+)
 from torchrec_mpe.checkpoint.checkpoint import Checkpoint, search_config_to_json
 from torchrec_mpe.checkpoint.dense_optimizer import DenseOptimizers, torch_optimizers
 from torchrec_mpe.checkpoint.fused_optimizer import (
@@ -29,6 +36,7 @@ from torchrec_mpe.checkpoint.rng import derive_rng_state, rng_state, set_rng_sta
 OptimizerStateChoice = bool | Literal["where possible"]
 
 _MODEL, _BUFFERS, _FUSED, _FUSED_NUMBERS, _RNG = "model.", "buffers.", "fused.", "fused_numbers.", "rng."
+_CACHES = "caches."
 
 
 class TrainingState:
@@ -81,6 +89,7 @@ class TrainingState:
             **self._of_model(rank, local_buffers),
             **_prefixed(_FUSED, self._fused),
             **_prefixed(_FUSED_NUMBERS, self._numbers),
+            **_prefixed(_CACHES, cache_progress(self._model)),
             **self._dense.tensors(),
             **_prefixed(f"{_RNG}{rank}.", rng_state(self._device)),
         }
@@ -116,6 +125,7 @@ class TrainingState:
                     f"{name.removesuffix('.layout_digest')} was prepared with other counts, groups or bit-widths than "
                     "the checkpoint: call checkpoint.prepare_(model) before sharding it"
                 )
+        check_cached_tables(checkpoint.manifest["tables"], self._tables)
         stored = _sizes(metadata)
         here = self._of_model(0, checkpoint.manifest["local_buffers"])
         _refuse(sorted(here.keys() - stored.keys()), f"the model has, and the checkpoint {checkpoint.path} has not")
@@ -161,6 +171,7 @@ class TrainingState:
             **self._of_model(of_rank, checkpoint.manifest["local_buffers"]),
             **_prefixed(_FUSED, moved),
             **_prefixed(_FUSED_NUMBERS, numbers),
+            **cache_progress_targets(self._model, saved, _CACHES),
             **self._dense.targets(metadata),
             **{
                 key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -175,6 +186,9 @@ class TrainingState:
         """Put to use what was loaded into :meth:`targets`."""
         # Rows and quantizers are in place: this lets modules drop what they had cached of them.
         self._model.load_state_dict(dict(self._state_dict))
+        clear_cached_optimizer_state(self._model, fresh)
+        progress = {key.removeprefix(_CACHES): t for key, t in targets.items() if key.startswith(_CACHES)}
+        set_cache_progress(self._model, progress)
         if self._sharded is not None:
             clear_fused_state({name: t for name, t in self._fused.items() if _of(name, fresh)})
             set_fused_numbers(self._sharded, self._numbers, fresh)

@@ -21,19 +21,29 @@ from torchrec.distributed.embeddingbag import (
 from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
-from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import LazyAwaitable, ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
+from torchrec_mpe.distributed.row_shard import RowShard, TensorShard
 from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.quantizer import RowQuantizer
 
+# Kernels whose rows can be had unpooled, in the order of preference on a GPU.
+QUANTIZED_KERNELS = tuple(
+    kernel.value
+    for kernel in (
+        EmbeddingComputeKernel.FUSED,
+        EmbeddingComputeKernel.FUSED_UVM_CACHING,
+        EmbeddingComputeKernel.FUSED_UVM,
+        EmbeddingComputeKernel.DENSE,
+    )
+)
 _ROWS_SPLIT = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
 
 
@@ -55,6 +65,8 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             collection; or in a prepared phase of a compute kernel without unpooled rows.
     """
 
+    quantized_kernels = QUANTIZED_KERNELS
+
     def __init__(
         self,
         module: MPEEmbeddingBagCollection,
@@ -65,7 +77,8 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         **kwargs: Any,
     ) -> None:
         for table in module.embedding_bag_configs():
-            _refuse_wrong_sharding(module, table, table_name_to_parameter_sharding[table.name])
+            sharding = table_name_to_parameter_sharding[table.name]
+            _refuse_wrong_sharding(module, table, sharding, self.quantized_kernels)
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         self._counts: LocalCounts | None = None
         self._divide_by_length = self._columns_to_divide()
@@ -102,7 +115,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return grouped
 
     def _create_lookups(self) -> None:
-        super()._create_lookups()
+        self._lookups += [self._create_lookup(sharding) for sharding in self._embedding_shardings]
         self._quantized: list[QuantizedForward] = []
         infos = [info for infos in self.sharding_type_to_sharding_infos.values() for info in infos]
         prepared = any(info.embedding_config.pooling == PoolingType.NONE for info in infos)
@@ -117,6 +130,11 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                     kernel.forward = QuantizedForward(kernel, lookup, self.quantizers, mean)
                     self._quantized.append(kernel.forward)
 
+    def _create_lookup(self, sharding: Any) -> nn.Module:
+        """The lookup of the tables of one sharding type."""
+        lookup: nn.Module = sharding.create_lookup()
+        return lookup
+
     def _is_mean(self, table: str) -> bool:
         return bool(self.pooling_of(table) == PoolingType.MEAN)
 
@@ -129,7 +147,10 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self.mpe.to(self._device)
         for forward in self._quantized:
             forward.set_row_map(self._device)
-        once = [(table, row, len(values)) for table, row, column, values in self.local_shards() if column == 0]
+        shards = [table for kernel in self.kernels() for table in kernel.config.embedding_tables]
+        once = [
+            (shard.name, shard_offsets(shard)[0], shard.local_rows) for shard in shards if not shard_offsets(shard)[1]
+        ]
         if dist.get_rank(self.process_group) > 0:
             once = [shard for shard in once if shard[0] not in self.data_parallel_tables()]
         for quantizer in self.quantizers().values():
@@ -194,6 +215,11 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for table, values in zip(kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True):
                 row, column = shard_offsets(table)
                 yield table.name, row, column, values
+
+    def shards(self) -> Iterator[RowShard]:
+        """This rank's shards, to read rows from wherever they are."""
+        for shard in self.local_shards():
+            yield TensorShard(*shard)
 
     def reset_rows(self, initialization: RowInitialization) -> None:
         """Write every local row's initial value, and clear the fused optimizers' state."""
@@ -327,19 +353,9 @@ class _ZeroGradients(torch.autograd.Function):
         return gradients[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
-# Kernels whose rows can be had unpooled, in the order of preference on a GPU.
-_QUANTIZED_KERNELS = tuple(
-    kernel.value
-    for kernel in (
-        EmbeddingComputeKernel.FUSED,
-        EmbeddingComputeKernel.FUSED_UVM_CACHING,
-        EmbeddingComputeKernel.FUSED_UVM,
-        EmbeddingComputeKernel.DENSE,
-    )
-)
-
-
-def _refuse_wrong_sharding(module: MPEEmbeddingBagCollection, table: Any, sharding: ParameterSharding) -> None:
+def _refuse_wrong_sharding(
+    module: MPEEmbeddingBagCollection, table: Any, sharding: ParameterSharding, quantized: tuple[str, ...]
+) -> None:
     if sharding.sharding_type == ShardingType.GRID_SHARD.value and table.pooling == PoolingType.MEAN:
         raise ValueError(
             f"table {table.name} has mean pooling, which TorchRec computes wrongly under grid sharding; use another "
@@ -350,10 +366,10 @@ def _refuse_wrong_sharding(module: MPEEmbeddingBagCollection, table: Any, shardi
             f"table {table.name} has mean pooling in a weighted collection: TorchRec divides by the count or by the "
             "weights' sum depending on the sharding; use sum pooling with weights already divided"
         )
-    if module.phase is not Phase.PLAIN and sharding.compute_kernel not in _QUANTIZED_KERNELS:
+    if module.phase is not Phase.PLAIN and sharding.compute_kernel not in quantized:
         raise ValueError(
             f"table {table.name} has the compute kernel {sharding.compute_kernel}, which gives no unpooled rows to "
-            f"quantize; use {', '.join(_QUANTIZED_KERNELS[:-1])} or {_QUANTIZED_KERNELS[-1]}"
+            f"quantize; use {', '.join(quantized[:-1])} or {quantized[-1]}"
         )
     data_parallel = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
     if data_parallel and sharding.compute_kernel != EmbeddingComputeKernel.DENSE.value:
@@ -379,7 +395,8 @@ def _clear_fused_optimizer(tbe: nn.Module) -> None:
 class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     """Shards MPEEmbeddingBagCollection; arguments as TorchRec's EmbeddingBagCollectionSharder.
 
-    DistributedModelParallel finds sharders by the exact module type, so pass :func:`sharders` to it and to the planner.
+    DistributedModelParallel finds sharders by the exact module type, so pass :func:`torchrec_mpe.sharders` to it and to
+    the planner.
     """
 
     def shard(
@@ -416,13 +433,3 @@ class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     @property
     def sharded_module_type(self) -> type[ShardedMPEEmbeddingBagCollection]:
         return ShardedMPEEmbeddingBagCollection
-
-
-def sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's default sharders with ours for MPEEmbeddingBagCollection.
-
-    Args:
-        fused_params (Optional[Dict[str, Any]]): of the TBEs, for example
-            ``{"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.02}``.
-    """
-    return [MPEEmbeddingBagCollectionSharder(fused_params=fused_params), *get_default_sharders()]

@@ -13,7 +13,7 @@ from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.distributed.one_table_lookup import OneTableLookup, can_be_one_table
+from torchrec_mpe.distributed.cached_one_table_lookup import one_table_lookup
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
 from torchrec_mpe.quantizer import RowQuantizer
 
@@ -65,7 +65,7 @@ class QuantizedForward:
         self._lookup = lookup
         self._quantizers = quantizers
         self._runs = list(_runs(kernel, mean))
-        self._one_table = OneTableLookup(kernel.emb_module) if can_be_one_table(kernel.emb_module) else None
+        self._one_table = one_table_lookup(kernel.emb_module)
 
     def set_row_map(self, device: torch.device) -> None:
         """Make the map of the local rows from the quantizers of a new phase, whose ranks must be whole."""

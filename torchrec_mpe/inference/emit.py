@@ -119,16 +119,16 @@ def _sharded_rows(collection: ShardedMPEEmbeddingBagCollection, table: str) -> R
     group = collection.process_group
     # Every rank holds all of a data-parallel table: one of them speaks.
     speaks = table not in collection.data_parallel_tables() or dist.get_rank(group) == 0
-    shards = [(r, c, values) for name, r, c, values in collection.local_shards() if name == table and speaks]
+    shards = [shard for shard in collection.shards() if shard.name == table and speaks]
     dim = next(t.embedding_dim for t in collection.embedding_bag_configs() if t.name == table)
 
     def rows(start: int, stop: int) -> Tensor:
         chunk = torch.zeros(stop - start, dim)
-        for first_row, first_column, values in shards:
-            low, high = max(start, first_row), min(stop, first_row + values.shape[0])
+        for shard in shards:
+            low, high = max(start, shard.first_row), min(stop, shard.first_row + shard.rows)
             if low < high:
-                columns = slice(first_column, first_column + values.shape[1])
-                chunk[low - start : high - start, columns] = values[low - first_row : high - first_row]
+                columns = slice(shard.first_column, shard.first_column + shard.columns)
+                chunk[low - start : high - start, columns] = shard.read(low - shard.first_row, high - shard.first_row)
         return sum_over_ranks_(chunk, group, collection.device)
 
     return rows

@@ -1,0 +1,219 @@
+"""TorchRec's embedding kernel over low-precision rows with a full-precision cache."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor, nn
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import (
+    EmbeddingComputeKernel,
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingTable,
+    ShardingType,
+)
+from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec
+from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, shard_offsets
+
+CACHED_KERNEL = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
+
+# Of FBGEMM's own cache, which the TBE of slots does not have.
+_OF_FBGEMM_CACHE = (
+    "cache_algorithm",
+    "cache_load_factor",
+    "cache_precision",
+    "cache_reserved_memory",
+    "enforce_hbm",
+    "multipass_prefetch_config",
+    "prefetch_pipeline",
+)
+
+WideRows = Callable[[str, int, int], Tensor | None]
+
+
+class CachedFusedOptimizer(FusedOptimizer):
+    """The fused optimizer of a cached TBE, as EmbeddingFusedOptimizer is of a TBE: its learning rate.
+
+    Its state has no tensors: a row's optimizer state is stored with the row.
+
+    Args:
+        tables (Iterable[str]): names of the TBE's tables.
+        emb_module (CachedTableBatchedEmbeddingBags): the TBE.
+    """
+
+    def __init__(self, tables: list[str], emb_module: CachedTableBatchedEmbeddingBags) -> None:
+        self._emb_module = emb_module
+        # Empty: no tensor holds the rows. Their names are what schedules and checkpoints ask for.
+        params = {f"{table}.weight": torch.empty(0) for table in dict.fromkeys(tables)}
+        super().__init__(params, {}, [{"params": list(params.values()), "lr": emb_module.get_learning_rate()}])
+
+    @property
+    def emb_module(self) -> CachedTableBatchedEmbeddingBags:
+        return self._emb_module
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Hand the learning rate to the TBE."""
+        self._set_learning_rate()
+
+    def step(self, closure: Any = None) -> None:
+        """Hand the learning rate to the TBE, which has updated its rows in backward."""
+        self._set_learning_rate()
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Of the TBE."""
+        self._emb_module.set_optimizer_step(step)
+
+    def _set_learning_rate(self) -> None:
+        group = next(iter(self.param_groups))
+        self._emb_module.set_learning_rate(float(group["lr"]))
+
+
+class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
+    """In place of BatchedFusedEmbeddingBag, with a cached TBE instead of one that holds all rows in fp32.
+
+    Args:
+        config (GroupedEmbeddingConfig): tables or shards that share a TBE.
+        caches (Mapping[str, CacheConfig]): of the tables, by name.
+        wide_rows (Callable): of a table's name, first and last row + 1: which are stored in 8 bits and the others in 4,
+            bool; None if the table's CacheConfig says it of all.
+        pg, device, sharding_type: as BatchedFusedEmbeddingBag.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        caches: Mapping[str, CacheConfig],
+        wide_rows: WideRows,
+        pg: Any = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+    ) -> None:
+        super().__init__(config, pg, device, sharding_type)
+        fused_params = {k: v for k, v in (config.fused_params or {}).items() if k not in _OF_FBGEMM_CACHE}
+        self._emb_module = CachedTableBatchedEmbeddingBags(
+            [_spec(table, caches[table.name], wide_rows) for table in config.embedding_tables],
+            self._feature_table_map,
+            self._pooling,
+            device,
+            **{"bounds_check_mode": BoundsCheckMode.WARNING, **fused_params},
+        )
+        self._optim = CachedFusedOptimizer(config.table_names(), self._emb_module)
+
+    @property
+    def emb_module(self) -> CachedTableBatchedEmbeddingBags:
+        return self._emb_module
+
+    @property
+    def fused_optimizer(self) -> CachedFusedOptimizer:
+        return self._optim
+
+    def prefetch(self, features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """Move the rows of a batch that is to be looked up into the cache."""
+        self._emb_module.prefetch(*self._ids_and_offsets(features), forward_stream, _batch_sizes(features))
+
+    def forward(self, features: KeyedJaggedTensor, vbe_output: Any = None, vbe_output_offsets: Any = None) -> Tensor:
+        """Pooled embeddings, or rows without pooling, as BatchedFusedEmbeddingBag.
+
+        Raises:
+            NotImplementedError: for an output to write into: :class:`MergeVariableBatches` needs none.
+        """
+        if vbe_output is not None:
+            raise NotImplementedError("a cached table's lookup returns its output and writes into no other's")
+        weights = features.weights_or_none()
+        if weights is not None and not torch.is_floating_point(weights):
+            weights = None
+        indices, offsets = self._ids_and_offsets(features)
+        pooled: Tensor = self._emb_module(
+            indices, offsets, weights, batch_size_per_feature_per_rank=_batch_sizes(features)
+        )
+        return pooled
+
+    def flush(self) -> None:
+        self._emb_module.flush()
+
+    def purge(self) -> None:
+        self._emb_module.reset_cache_states()
+
+    def state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Nothing: the stores are :class:`torchrec_mpe.distributed.cached_state.CachedState`'s."""
+        self.flush()
+        return {} if destination is None else destination
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """None: backward updates the rows, wherever they are."""
+        yield from ()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """None, as of BatchedFusedEmbeddingBag."""
+        yield from ()
+
+    def _ids_and_offsets(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        return (
+            features.values().to(self._embedding_table_index_type),
+            features.offsets().to(self._embedding_table_offset_type),
+        )
+
+
+class CachedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
+    """A GroupedPooledEmbeddingsLookup of which some kernels are cached.
+
+    Args:
+        grouped_configs, device, pg, sharding_type, env: as GroupedPooledEmbeddingsLookup.
+        caches, wide_rows: as :class:`CachedEmbeddingBag`.
+    """
+
+    def __init__(
+        self,
+        grouped_configs: list[GroupedEmbeddingConfig],
+        caches: Mapping[str, CacheConfig],
+        wide_rows: WideRows,
+        device: torch.device | None = None,
+        pg: Any = None,
+        sharding_type: ShardingType | None = None,
+        env: Any = None,
+    ) -> None:
+        self._caches, self._wide_rows = caches, wide_rows  # before the kernels, which super() makes
+        super().__init__(grouped_configs, device=device, pg=pg, sharding_type=sharding_type, env=env)
+        del self._wide_rows  # has the whole plan
+        # FBGEMM's way of variable batches has TBEs write into one output.
+        self._forward_with_vbe_merging = MergeVariableBatches(self)
+
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, sharding_type: Any, env: Any
+    ) -> Any:
+        if config.compute_kernel == CACHED_KERNEL:
+            return CachedEmbeddingBag(config, self._caches, self._wide_rows, pg, device, sharding_type)
+        return super()._create_embedding_kernel(config, device, pg, sharding_type, env)
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """TorchRec's, which knows its own kernels only, and that of the cached ones."""
+        super().prefetch(sparse_features, forward_stream)
+        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
+            if isinstance(kernel, CachedEmbeddingBag):
+                kernel.prefetch(features, forward_stream)
+
+
+def _spec(table: ShardedEmbeddingTable, cache: CacheConfig, wide_rows: WideRows) -> CachedTableSpec:
+    row, column = shard_offsets(table)
+    wide = wide_rows(table.name, row, row + table.local_rows)
+    # A rank may have none of a small table's rows: one that is never looked up stands for them.
+    rows = max(table.local_rows, 1)
+    if wide is not None and table.local_rows == 0:
+        wide = torch.zeros(1, dtype=torch.bool)
+    return CachedTableSpec(table.name, rows, table.local_cols, cache, wide, row, column)
+
+
+def _batch_sizes(features: KeyedJaggedTensor) -> list[list[int]] | None:
+    variable: list[list[int]] = features.stride_per_key_per_rank()
+    return variable if features.variable_stride_per_key() else None
