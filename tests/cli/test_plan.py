@@ -92,9 +92,46 @@ def test_precision_plan_is_placed(tables: Path, tmp_path: Path, capsys: pytest.C
     assert (packed["num_devices"], packed["replicate"]) == (1, True)
 
 
+def test_tables_in_low_precision_with_a_cache(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    common = ["plan", "--tables", str(tables), "--topology", "16xH100", "--json", str(out)]
+    assert main([*common, "--cache", "int4:0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert "plain phase, cache int4:0.01, batch of 512 a device, 16xH100" in printed
+    # 32 bytes of codes, scale, offset, and a byte of optimizer state for each row; slots of 64 float32 for 1% of them.
+    listed = r"^t_user +400,000,000 +64 +\w+/customized_kernel +\S+ +14\.00 GB +1\.02 GB"
+    assert re.search(listed, printed, re.MULTILINE)
+    assert "host memory for tables: max" in printed
+    document = json.loads(out.read_text())
+    assert (document["phase"], document["cache"]) == ("plain", "int4:0.01")
+    by_name = {table["name"]: table for table in document["tables"]}
+    assert by_name["t_user"]["by_kind"]["store"] == 400_000_000 * 35
+    assert by_name["t_user"]["by_kind"]["rows"] == 0
+    assert {shard["compute_kernel"] for shard in document["sharding_plan"].values()} == {"customized_kernel"}
+    assert by_name["t_tag"]["by_kind"]["store"] == 70_000 * 19
+
+
+def test_a_precision_plan_says_which_rows_of_a_store_have_8_bits(tables: Path, tmp_path: Path) -> None:
+    shapes = {"t_user": (400_000_000, 64), "t_item": (5_000_000, 64), "t_tag": (70_000, 32)}
+    precision = PrecisionPlan(
+        {name: TableBitWidths(rows, dim, (0, rows // 10, rows), (6, 2)) for name, (rows, dim) in shapes.items()}, (2, 6)
+    )
+    precision.save(tmp_path / "precision.json")
+    out = tmp_path / "plan.json"
+    common = ["plan", "--tables", str(tables), "--topology", "16xH100", "--json", str(out)]
+    assert main([*common, "--cache", "int8:0.05", "--precision", str(tmp_path / "precision.json")]) == 0
+    document = json.loads(out.read_text())
+    by_name = {table["name"]: table for table in document["tables"]}
+    rows = 5_000_000 // 10 * 67 + 9 * 5_000_000 // 10 * 35
+    # And 12 bytes for every 64 rows of which some have 8 bits and others not.
+    assert rows < by_name["t_item"]["by_kind"]["store"] <= rows + 12 * (5_000_000 // 64 + 16)
+    assert document["packed"]["total_bytes"] == precision.size_report().total
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--cache", "int2:0.05"], "--cache: 'int2:0.05' is no cache: use int8:FRACTION or int4:FRACTION"),
         (["--topology", "64xX100"], "--topology: '64xX100' names the device 'X100'"),
         (["--topology", "12xH100"], "--topology: 12 devices cannot stand in hosts of 8 each"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),

@@ -16,6 +16,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags
+from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.planner import MPEShardingPlanner
 from torchrec_mpe.quantizer import RetrainQuantizer, SearchQuantizer
 
@@ -31,17 +33,25 @@ class Case:
     phase: str
     optimizer: str = "EXACT_ROWWISE_ADAGRAD"
     weighted: bool = False
+    cached: bool = False
 
     @property
     def kernel(self) -> str:
+        if self.cached:
+            return str(EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value)
         dense = self.sharding == ShardingType.DATA_PARALLEL.value
         return (EmbeddingComputeKernel.DENSE if dense else EmbeddingComputeKernel.FUSED).value
 
 
 class Model(nn.Module):
-    def __init__(self, tables: list[EmbeddingBagConfig], weighted: bool) -> None:
+    def __init__(self, tables: list[EmbeddingBagConfig], weighted: bool, cached: bool) -> None:
         super().__init__()
-        self.ebc = mpe.MPEEmbeddingBagCollection(tables, weighted, device=torch.device("meta"))
+        meta = torch.device("meta")
+        if cached:
+            # As large as the tables: what a step takes besides does not depend on which rows miss.
+            self.ebc = CachedEmbeddingBagCollection(tables, weighted, meta, CacheConfig(load_factor=1.0))
+        else:
+            self.ebc = mpe.MPEEmbeddingBagCollection(tables, weighted, meta)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         values: Tensor = self.ebc(features).values()
@@ -57,7 +67,7 @@ def tables() -> list[EmbeddingBagConfig]:
 
 def prepared(case: Case) -> Model:
     """Half of the tables have ids that are frequency ranks."""
-    model = Model(tables(), case.weighted)
+    model = Model(tables(), case.weighted, case.cached)
     generator = torch.Generator().manual_seed(0)
     counts = {t.name: torch.randint(1, 100, (ROWS,), generator=generator) for t in tables()}
     counts["t0"], counts["t1"] = counts["t0"].sort(descending=True)[0], counts["t1"].sort(descending=True)[0]
@@ -119,7 +129,9 @@ def estimated_by_rank(planner: MPEShardingPlanner) -> list[dict[str, int]]:
 def held_by(ebc: mpe.ShardedMPEEmbeddingBagCollection) -> dict[str, Any]:
     """Bytes of tensors that stay, counted from the tensors."""
     kernels = list(ebc.kernels())
-    tbes = [kernel.emb_module for kernel in kernels]
+    every = [kernel.emb_module for kernel in kernels]
+    caches = [tbe.bytes_by_kind() for tbe in every if isinstance(tbe, CachedTableBatchedEmbeddingBags)]
+    tbes = [tbe for tbe in every if not isinstance(tbe, CachedTableBatchedEmbeddingBags)]
     ranks = 0
     for quantizer in ebc.quantizers().values():
         if isinstance(quantizer, SearchQuantizer):
@@ -134,7 +146,9 @@ def held_by(ebc: mpe.ShardedMPEEmbeddingBagCollection) -> dict[str, Any]:
             if hasattr(tbe, "split_optimizer_states")
             for states in tbe.split_optimizer_states()
             for state in states
-        ),
+        )
+        + sum(cache["optimizer_state"] for cache in caches),
+        **{kind: sum(cache[kind] for cache in caches) for kind in ("store", "cache", "spill", "directory")},
         "row_map": nbytes(kernel.row_map for kernel in kernels if hasattr(kernel, "row_map")),
         "frequency_ranks": ranks,
     }
@@ -185,4 +199,6 @@ CASES += [
     Case(TW, "search", "EXACT_SGD", weighted=True),
     Case(DP, "search"),
     Case(DP, "plain"),
+    Case(TW, "plain", cached=True),
+    Case(RW, "search", cached=True),
 ]

@@ -1,5 +1,6 @@
 """The storage estimate against the memory of real sharded training steps."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,18 +9,25 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
-from tests.distributed.ranks import run_on_ranks
-from tests.planner.measured_memory import CASES, ROWS, TW, Case, measure, nbytes
+from tests.distributed.ranks import Ranks
+from tests.planner.cached_models import held_and_estimated
+from tests.planner.measured_memory import CASES, CW, ROWS, RW, TW, Case, measure, nbytes
 from torchrec_mpe.planner.lookups import distinct_rows
 from torchrec_mpe.planner.optimizer_state import state_bytes_per_row
 
-EXACT = ("rows", "optimizer_state", "row_map", "frequency_ranks")
+EXACT = ("rows", "store", "cache", "spill", "optimizer_state", "directory", "row_map", "frequency_ranks")
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[Case, list[dict[str, Any]]]:
+def two_ranks() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def measured(two_ranks: Ranks) -> dict[Case, list[dict[str, Any]]]:
     """Every case on two ranks, in one go."""
-    by_rank = run_on_ranks(measure, 2, CASES)
+    by_rank = two_ranks.run(measure, CASES)
     return {case: [results[k] for results in by_rank] for k, case in enumerate(CASES)}
 
 
@@ -27,11 +35,19 @@ def measured() -> dict[Case, list[dict[str, Any]]]:
 def test_what_stays_is_exact(case: Case, measured: dict[Case, list[dict[str, Any]]]) -> None:
     for rank in measured[case]:
         assert {kind: rank["estimate"][kind] for kind in EXACT} == {kind: rank[kind] for kind in EXACT}
-        assert rank["rows"] > 0
+        assert rank["store" if case.cached else "rows"] > 0
         assert (rank["row_map"] > 0) == (case.phase != "plain")
     # Two of the tables have ids that are frequency ranks: the others' are held once over all ranks.
     held = sum(rank["frequency_ranks"] for rank in measured[case])
     assert held == (0 if case.phase == "plain" else 2 * ROWS * 4)
+
+
+@pytest.mark.parametrize("kind", [TW, RW, CW])
+def test_what_cached_tables_of_all_kinds_hold_is_exact(kind: str, two_ranks: Ranks) -> None:
+    """One of the ranks has none of the only row of a table that is row-wise."""
+    for held, estimated in two_ranks.run(held_and_estimated, kind):
+        assert held == estimated
+        assert held["store"] > 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

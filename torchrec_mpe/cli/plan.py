@@ -12,11 +12,15 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Topology
 from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.atomic import atomic_file
+from torchrec_mpe.cache import CacheConfig
+from torchrec_mpe.cache.config import parse_cache_config
 from torchrec_mpe.distributed import sharders
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.planner import MPEShardingPlanner, MPEStorageReservation
 from torchrec_mpe.planner.cluster import DEVICES, parse_bytes, parse_topology
 from torchrec_mpe.planner.tables_file import PlannedTable, read_tables
@@ -47,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         required=True,
         help=f"number and kind of devices, such as 64xH100 or 16xCPU:256GB; kinds: {', '.join(DEVICES)}",
     )
-    parser.add_argument("--phase", choices=[p.value for p in Phase], default="search", help="(default: search)")
+    parser.add_argument("--phase", choices=[p.value for p in Phase], help="(default: search, or plain with --cache)")
     parser.add_argument("--batch-size", type=int, default=512, help="examples a device (default: 512)")
     parser.add_argument(
         "--pooling-factor", type=float, default=1.0, help="ids an example, where a table has none (default: 1)"
@@ -56,6 +60,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--optimizer", choices=list(_OPTIMIZERS), default="rowwise_adagrad", help="of the rows (default: %(default)s)"
     )
     parser.add_argument("--precision", type=Path, metavar="FILE", help="a plan.json: also place the packed tables")
+    parser.add_argument(
+        "--cache",
+        metavar="STORE:FRACTION",
+        help="train in low precision with a cache of fp32 rows, for example int8:0.05 or int4:0.01:lru; with "
+        "--precision, rows of at most 4 bits are stored in INT4 and the others in INT8",
+    )
     parser.add_argument("--devices-per-host", type=int, help="(default: 8, CPU: 1)")
     parser.add_argument("--device-memory", metavar="SIZE", help="of each device, instead of the data sheet's: 80GB")
     parser.add_argument("--host-memory", metavar="SIZE", help="of each host (default: 128GiB a device)")
@@ -69,6 +79,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Plan, print bytes by table and device, and write the plan."""
     topology, tables, precision = _check_options(options)
+    cache = _cache(options)
+    phase = Phase(options.phase or ("search" if cache is None else "plain"))
     # TorchRec logs what it tries: none of it is for the person who runs this.
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     planner = MPEShardingPlanner(
@@ -78,21 +90,24 @@ def run(options: argparse.Namespace) -> int:
         constraints={t.config.name: ParameterConstraints(pooling_factors=list(t.pooling_factors)) for t in tables},
         stats=[],
         debug=False,
-        phase=Phase(options.phase),
+        phase=phase,
     )
     try:
-        plan = planner.plan(_model(tables), sharders({"optimizer": _OPTIMIZERS[options.optimizer]}))
+        model = _model(tables, cache, precision)
+        plan = planner.plan(model, sharders({"optimizer": _OPTIMIZERS[options.optimizer]}))
         packed = None if precision is None else planner.replan(precision)
     except PlannerError as error:
         raise UserError(str(error)) from error
     report = planner.report()
-    print(f"{options.phase} phase, batch of {options.batch_size} a device, {options.topology}\n\n{report}")
+    cached = "" if cache is None else f", cache {options.cache}"
+    print(f"{phase.value} phase{cached}, batch of {options.batch_size} a device, {options.topology}\n\n{report}")
     if packed is not None:
         print(f"\n{packed}")
     if options.json is not None:
         document = {
             "topology": _topology(options.topology, topology),
-            "phase": options.phase,
+            "phase": phase.value,
+            "cache": options.cache,
             "batch_size": options.batch_size,
             **report.to_dict(),
             "sharding_plan": _shards(plan),
@@ -127,6 +142,15 @@ def _check_options(options: argparse.Namespace) -> tuple[Topology, list[PlannedT
     return topology, tables, None if options.precision is None else _precision(options.precision, tables)
 
 
+def _cache(options: argparse.Namespace) -> CacheConfig | None:
+    if options.cache is None:
+        return None
+    try:
+        return parse_cache_config(options.cache)
+    except ValueError as error:
+        raise UserError(f"--cache: {error}") from error
+
+
 def _size(option: str, text: str | None) -> int | None:
     try:
         return None if text is None else parse_bytes(text)
@@ -152,13 +176,20 @@ def _precision(path: Path, tables: list[PlannedTable]) -> PrecisionPlan:
     return precision
 
 
-def _model(tables: list[PlannedTable]) -> nn.Module:
+def _model(tables: list[PlannedTable], cache: CacheConfig | None, precision: PrecisionPlan | None) -> nn.Module:
     """The tables in a collection with weights and one without, on the meta device."""
+
+    def collection(chosen: list[EmbeddingBagConfig], weighted: bool) -> MPEEmbeddingBagCollection:
+        meta = torch.device("meta")
+        if cache is None:
+            return MPEEmbeddingBagCollection(chosen, weighted, meta)
+        return CachedEmbeddingBagCollection(chosen, weighted, meta, cache, precision)
+
     return nn.ModuleDict(
         {
-            name: MPEEmbeddingBagCollection([t.config for t in chosen], weighted, torch.device("meta"))
+            name: collection(chosen, weighted)
             for name, weighted in (("unweighted", False), ("weighted", True))
-            if (chosen := [t for t in tables if t.weighted == weighted])
+            if (chosen := [t.config for t in tables if t.weighted == weighted])
         }
     )
 

@@ -12,6 +12,8 @@ from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from torchrec_mpe.modules import MPEEmbeddingBagCollection
+from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
+from torchrec_mpe.planner.cache_load import CUSTOMIZED_KERNEL
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ def complete_constraints(
     """The user's constraints, with what they leave open for tables of MPEEmbeddingBagCollections.
 
     - Compute kernels: FUSED, as TorchRec left alone chooses DENSE without a fused optimizer on CPU. A table that the
-      user makes data-parallel gets DENSE, the only kernel there.
+      user makes data-parallel gets DENSE, the only kernel there. A table with a CacheConfig gets CUSTOMIZED_KERNEL
+      and is never data-parallel.
     - Sharding types: table-wise, row-wise, table-row-wise where there are several hosts, and column-wise where TorchRec
       would cut the columns. Never grid sharding for mean pooling, which TorchRec computes wrongly.
     - Pooling factors: one for each of the table's features. A single one is taken for all of them.
@@ -71,7 +74,8 @@ def complete_constraints(
         if not isinstance(collection, MPEEmbeddingBagCollection):
             continue
         for table in collection.embedding_bag_configs():
-            given[table.name] = _complete(table, given.get(table.name), sharder, topology)
+            cached = isinstance(collection, CachedEmbeddingBagCollection) and table.name in collection.cache_configs
+            given[table.name] = _complete(table, given.get(table.name), sharder, topology, cached)
     if unknown := sorted(set(constraints or {}) - known):
         logger.warning("constraints for %s: the model has no such table", ", ".join(unknown))
     return given
@@ -82,6 +86,7 @@ def _complete(
     constraint: ParameterConstraints | None,
     sharder: ModuleSharder[nn.Module],
     topology: Topology,
+    cached: bool,
 ) -> ParameterConstraints:
     complete = ParameterConstraints() if constraint is None else copy.copy(constraint)
     device = topology.compute_device
@@ -96,14 +101,26 @@ def _complete(
             )
         types = [kind for kind in types if kind != _GRID]
     if not kernels:
-        kernels = [_FUSED, _DENSE] if _DP in types else [_FUSED]
+        kernels = [CUSTOMIZED_KERNEL] if cached else [_FUSED, _DENSE] if _DP in types else [_FUSED]
+    if not cached and CUSTOMIZED_KERNEL in kernels:
+        raise ValueError(
+            f"table {table.name} is constrained to the compute kernel {CUSTOMIZED_KERNEL} but has no cache: give its "
+            "CachedEmbeddingBagCollection a CacheConfig for it"
+        )
     allowed = set(sharder.sharding_types(device))
+    if cached:  # every rank would round its copy of the rows for itself
+        allowed.discard(_DP)
     if not any(kind in allowed and set(kernels) & set(sharder.compute_kernels(kind, device)) for kind in types):
         raise ValueError(
             f"table {table.name} is constrained to the sharding types {', '.join(types)} and the compute kernels "
-            f"{', '.join(kernels)}, which do not go together on {device}: data_parallel needs dense, the others fused "
-            "or, on CUDA, a UVM kernel"
+            f"{', '.join(kernels)}, which do not go together on {device}: "
+            + (
+                f"a table with a cache needs {CUSTOMIZED_KERNEL} and cannot be data_parallel"
+                if cached
+                else "data_parallel needs dense, the others fused or, on CUDA, a UVM kernel"
+            )
         )
+    types = [kind for kind in types if not (cached and kind == _DP)]
     complete.sharding_types, complete.compute_kernels = types, kernels
     for name in ("pooling_factors", "num_poolings", "batch_sizes"):
         values = getattr(complete, name)

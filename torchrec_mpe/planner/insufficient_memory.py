@@ -12,6 +12,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ModuleSharder
 
 from torchrec_mpe.frequency import embedding_bag_configs
+from torchrec_mpe.planner.cache_load import cached_tables
 from torchrec_mpe.planner.cluster import with_world_size
 from torchrec_mpe.planner.plan_report import TableReport, readable, table_of_bytes
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _FUSED, _UVM_CACHING = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _MAX_DEVICES = 4096
 _GROWTHS = 5
-_HELD = ("rows", "optimizer_state", "row_map", "row_counts")
+_HELD = ("rows", "store", "cache", "directory", "optimizer_state", "row_map", "row_counts")
 _TABLES_NAMED = 8
 
 
@@ -168,7 +169,10 @@ def _without_sharding_types(constraints: dict[str, ParameterConstraints]) -> dic
 
 def _with_uvm(constraints: dict[str, ParameterConstraints], module: nn.Module) -> dict[str, ParameterConstraints]:
     chosen = {name: copy.copy(constraint) for name, constraint in constraints.items()}
+    cached = cached_tables(module)
     for table in embedding_bag_configs(module):
+        if table.name in cached:  # its store is in host memory already, if CacheConfig says so
+            continue
         constraint = chosen.setdefault(table.name, ParameterConstraints())
         if not constraint.compute_kernels:
             constraint.compute_kernels = [_FUSED, _UVM_CACHING]

@@ -44,10 +44,15 @@ def state_bytes_per_row(optimizer: EmbOptimType, columns: int, table: str) -> in
     Raises:
         ValueError: for an optimizer whose state is not known, naming the table.
     """
+    return sum(state_elements(optimizer, columns, table)) * _FP32
+
+
+def state_elements(optimizer: EmbOptimType, columns: int, table: str) -> list[int]:
+    """Elements that a row of ``columns`` elements has in each state; raises as :func:`state_bytes_per_row`."""
     if optimizer not in _STATES:
         raise ValueError(
             f"table {table}: the optimizer state of {optimizer} is not known; known are "
             f"{', '.join(sorted(known.name for known in _STATES))}"
         )
     elementwise, rowwise = _STATES[optimizer]
-    return (elementwise * columns + rowwise) * _FP32
+    return [columns] * elementwise + [1] * rowwise

@@ -1,4 +1,4 @@
-"""TorchRec's step time estimate, with the work that the search and retrain phases add."""
+"""TorchRec's step time estimate, with the work that the search and retrain phases and caches add."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,11 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Topology
 
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.planner.cache_load import cache_config, cache_load
 from torchrec_mpe.planner.distinct_shards import distinct_shards
 from torchrec_mpe.planner.lookups import lookups_per_feature
 from torchrec_mpe.planner.optimizer_state import fused_optimizer
+from torchrec_mpe.planner.prefetch_traffic import prefetch_traffic
 from torchrec_mpe.planner.row_maps import row_map_bytes
 from torchrec_mpe.planner.storage_estimator import sharder_of_type
 from torchrec_mpe.planner.unpooled_rows import unpooled_rows
@@ -25,6 +27,12 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
 
         fwd_compute += forward_traffic / bandwidth        bytes / (bytes / ms)
         bwd_compute += backward_traffic / bandwidth
+
+    A cached table (compute kernel ``customized_kernel``, for which TorchRec has no bandwidth and raises) is looked up
+    and updated in slots, as a fused one on the device. Added is what its prefetch moves
+    (:func:`torchrec_mpe.planner.prefetch_traffic.prefetch_traffic`), each part over its memory's bandwidth::
+
+        prefetch_compute = store traffic / (host link or device bandwidth) + slot traffic / device bandwidth
 
     Communication stays TorchRec's: what travels is pooled embeddings, as ever.
 
@@ -52,9 +60,14 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
         """
         by_type = sharder_of_type(sharders, named_sharders)
         reduced = [distinct_shards(option) for option in sharding_options]
+        for option, _ in reduced:
+            if cache_config(option) is not None:
+                option.compute_kernel = EmbeddingComputeKernel.FUSED.value
         super().estimate([option for option, _ in reduced], by_type)
         for option, (estimated, like) in zip(sharding_options, reduced, strict=True):
+            estimated.compute_kernel = option.compute_kernel
             self._add_quantization(estimated, by_type)
+            self._add_prefetch(estimated, by_type)
             option.is_weighted = estimated.is_weighted
             for shard, kind in zip(option.shards, like, strict=True):
                 shard.perf = estimated.shards[kind].perf
@@ -65,14 +78,7 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
         phase = (self._phase or collection.phase) if ours else Phase.PLAIN
         if phase is Phase.PLAIN:
             return
-        topology = self._topology
-        bandwidth = kernel_bw_lookup(
-            topology.compute_device,
-            EmbeddingComputeKernel.FUSED.value,  # unpooled rows are on the device whatever the kernel
-            topology.hbm_mem_bw,
-            topology.ddr_mem_bw,
-            topology.hbm_to_ddr_mem_bw,
-        )
+        topology, bandwidth = self._topology, self._device_bandwidth()
         map_bytes = row_map_bytes(collection, option.name, phase).device
         optimizer = fused_optimizer(option.tensor, sharders[option.module_type_key].fused_params)
         for shard in option.shards:
@@ -83,3 +89,28 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
             )
             shard.perf.fwd_compute += unpooled.forward_traffic / bandwidth
             shard.perf.bwd_compute += unpooled.backward_traffic / bandwidth
+
+    def _add_prefetch(self, option: ShardingOption, sharders: Mapping[str, Any]) -> None:
+        config = cache_config(option)
+        if config is None:
+            return
+        topology, bandwidth = self._topology, self._device_bandwidth()
+        over_link = config.location == "host" and topology.compute_device != "cpu"
+        store_bandwidth = topology.hbm_to_ddr_mem_bw if over_link else bandwidth
+        optimizer = fused_optimizer(option.tensor, sharders[option.module_type_key].fused_params)
+        for shard in option.shards:
+            load = cache_load(option, shard, config, self._constraints, topology.world_size)
+            moved = prefetch_traffic(option, shard, config, load, optimizer)
+            shard.perf.prefetch_compute += moved.store / store_bandwidth + moved.slots / bandwidth
+
+    def _device_bandwidth(self) -> float:
+        """Of the device's memory, where slots and unpooled rows are; bytes a ms."""
+        topology = self._topology
+        bandwidth: float = kernel_bw_lookup(
+            topology.compute_device,
+            EmbeddingComputeKernel.FUSED.value,
+            topology.hbm_mem_bw,
+            topology.ddr_mem_bw,
+            topology.hbm_to_ddr_mem_bw,
+        )
+        return bandwidth

@@ -12,6 +12,10 @@ from torchrec_mpe.text_table import text_table
 
 _KINDS = {
     "rows": "rows",
+    "store": "store",
+    "cache": "cache",
+    "spill": "spill",
+    "directory": "directory",
     "optimizer_state": "optimizer",
     "row_map": "row map",
     "row_counts": "counts",

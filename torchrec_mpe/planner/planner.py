@@ -49,7 +49,9 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
 
     - Storage and step time count the search and retrain phases' row maps, unpooled rows and gradients, and the fused
       optimizer's state (:class:`MPEStorageEstimator`, :class:`MPEPerfEstimator`).
-    - Tables of MPEEmbeddingBagCollections stay in fused TBEs unless constrained otherwise.
+    - Tables of MPEEmbeddingBagCollections stay in fused TBEs unless constrained otherwise; those with a CacheConfig are
+      cached. How often their caches miss is taken from ``ParameterConstraints.cache_params.stats``, else assumed
+      (:func:`torchrec_mpe.planner.cache_load.cache_load`).
     - Planning takes seconds for hundreds of tables on hundreds of devices.
     - Where nothing fits, the error lists the tables' bytes and changes with which a plan was found.
 

@@ -17,7 +17,7 @@ from torchrec_mpe.planner.unpooled_rows import UnpooledRows, unpooled_rows
 
 _ON_HOST = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
 _DENSE = EmbeddingComputeKernel.DENSE.value
-_WHOLE = (EmbeddingComputeKernel.FUSED.value, _DENSE, *_ON_HOST)
+_WHOLE = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value, _DENSE, *_ON_HOST)
 _WEIGHT_BYTES = 4  # float32 per-sample weights
 _COUNT_BYTES = 8  # int64
 # Copies of a dense kernel's weights in backward: DDP's bucket and the gradient; in the prepared phases, whose rows are
@@ -31,15 +31,21 @@ class ShardBytes:
 
     Attributes:
         rows (int): the weights; in host memory for FUSED_UVM and FUSED_UVM_CACHING.
-        optimizer_state (int): of the fused optimizer, where the rows are (with ``enforce_hbm`` on the device).
+        optimizer_state (int): of the fused optimizer, where the rows are (with ``enforce_hbm`` on the device); of a
+            cached table that of its slots.
         row_map (int): feature group or candidate of each row.
         row_counts (int): how often each row was looked up, if that is counted during training.
         inputs_outputs (int): ids and pooled embeddings as TorchRec estimates them; for FUSED_UVM_CACHING its cache too.
         activations (int): unpooled rows and index tensors saved for backward.
         gradients (int): of the unpooled rows; for dense kernels of the weights too, with DDP's bucket.
         frequency_ranks (int): in host memory.
+        store (int): of a cached table, its rows and their optimizer state in low precision.
+        cache (int): of a cached table, the cache's float32 rows.
+        spill (int): of a cached table, the spill area's float32 rows.
+        directory (int): of a cached table, which rows its slots hold, and how often rows were looked up (LFU).
         rows_on_host (bool): rows in host memory.
         state_on_host (bool): optimizer state in host memory.
+        store_on_host (bool): backing store in host memory.
         ssd (int): bytes on SSD, of key-value kernels.
     """
 
@@ -51,23 +57,31 @@ class ShardBytes:
     activations: int = 0
     gradients: int = 0
     frequency_ranks: int = 0
+    store: int = 0
+    cache: int = 0
+    spill: int = 0
+    directory: int = 0
     rows_on_host: bool = False
     state_on_host: bool = False
+    store_on_host: bool = False
     ssd: int = 0
 
     @property
     def host(self) -> int:
         """Bytes in host memory for which there is no room on the device."""
         rows = self.rows if self.rows_on_host else 0
-        return rows + self.frequency_ranks + (self.optimizer_state if self.state_on_host else 0)
+        state = self.optimizer_state if self.state_on_host else 0
+        return rows + self.frequency_ranks + state + (self.store if self.store_on_host else 0)
 
     @property
     def device(self) -> int:
         """Bytes on the device."""
         rows = 0 if self.rows_on_host else self.rows
         state = 0 if self.state_on_host else self.optimizer_state
+        store = 0 if self.store_on_host else self.store
+        cached = store + self.cache + self.spill + self.directory
         held = self.row_map + self.row_counts + self.inputs_outputs + self.activations + self.gradients
-        return rows + state + held
+        return rows + state + cached + held
 
     @property
     def total(self) -> int:
@@ -95,7 +109,7 @@ def bytes_of_shards(
     phase: Phase | None = None,
     count_lookups: bool = False,
 ) -> list[ShardBytes]:
-    """The memory of each shard of a table of an MPEEmbeddingBagCollection.
+    """The memory of each shard of a table of an MPEEmbeddingBagCollection, of a cached one as if it were not cached.
 
     Args:
         option (ShardingOption): one way of sharding the table.

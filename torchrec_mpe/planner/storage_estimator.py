@@ -1,6 +1,7 @@
 """TorchRec's storage estimate, with what the search and retrain phases add."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torchrec.distributed.planner.types import ParameterConstraints, ShardEstima
 from torchrec.distributed.types import PipelineType
 
 from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.planner.cache_load import cache_config
+from torchrec_mpe.planner.cached_shard_bytes import bytes_of_cached_shard, wide_rows_of_shard
 from torchrec_mpe.planner.distinct_shards import distinct_shards
+from torchrec_mpe.planner.optimizer_state import fused_optimizer
 from torchrec_mpe.planner.shard_bytes import ShardBytes, bytes_of_shards
 
 
@@ -21,6 +25,9 @@ class MPEStorageEstimator(ShardEstimator):
     its peak, the embedding backward: every shard's rows are held until its own, so for all shards of a rank the sum of
     the estimates is an upper bound of what several TBEs, one backward after the other, hold at a time. Rows and
     optimizer state are exact.
+
+    TorchRec counts a cached table (compute kernel ``customized_kernel``) as float32 rows on the device. Here it takes
+    what :func:`torchrec_mpe.planner.cached_shard_bytes.bytes_of_cached_shard` says.
 
     Args:
         topology (Topology): devices.
@@ -47,6 +54,7 @@ class MPEStorageEstimator(ShardEstimator):
     ) -> None:
         self._topology = topology
         self._constraints = constraints
+        self._pipeline_type = pipeline_type
         self._phase = phase
         self._count_lookups = count_lookups
         self._sharders: Mapping[str, Any] = {}
@@ -64,6 +72,9 @@ class MPEStorageEstimator(ShardEstimator):
         Args:
             sharding_options (List[ShardingOption]): to be estimated.
             sharders: the enumerator's mapping from module types to sharders, or what it knows of them.
+
+        Raises:
+            ValueError: naming the table, for an optimizer whose state is not known.
         """
         self._sharders = sharder_of_type(sharders, named_sharders)
         for option in sharding_options:
@@ -86,7 +97,8 @@ class MPEStorageEstimator(ShardEstimator):
         collection = option.module[1]
         ours = isinstance(collection, MPEEmbeddingBagCollection)
         plain = not ours or (self._phase or collection.phase) is Phase.PLAIN
-        reduced, like = distinct_shards(option)
+        config = cache_config(option)
+        reduced, like = distinct_shards(option, None if config is None else partial(wide_rows_of_shard, option))
         if ours:
             # Without the attribute by which TorchRec knows an optimizer: its state is counted here.
             reduced._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
@@ -96,8 +108,25 @@ class MPEStorageEstimator(ShardEstimator):
             return [ShardBytes(inputs_outputs=s.hbm, frequency_ranks=s.ddr, ssd=s.ssd) for s in storages], like
         reduced._tensor = option.tensor
         fused_params = self._sharders[option.module_type_key].fused_params
-        constraints, count = self._constraints, self._count_lookups
-        return bytes_of_shards(reduced, storages, self._topology, constraints, fused_params, self._phase, count), like
+        topology, constraints, count = self._topology, self._constraints, self._count_lookups
+        found = bytes_of_shards(reduced, storages, topology, constraints, fused_params, self._phase, count)
+        if config is not None:
+            optimizer = fused_optimizer(option.tensor, fused_params)
+            found = [
+                bytes_of_cached_shard(
+                    reduced,
+                    shard,
+                    config,
+                    held,
+                    optimizer,
+                    constraints,
+                    topology.world_size,
+                    topology.compute_device,
+                    self._pipeline_type,
+                )
+                for shard, held in zip(reduced.shards, found, strict=True)
+            ]
+        return found, like
 
 
 def sharder_of_type(sharders: tuple[Any, ...], named_sharders: Mapping[str, Any]) -> Mapping[str, Any]:

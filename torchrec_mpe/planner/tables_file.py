@@ -55,7 +55,8 @@ def read_tables(path: Path, default_pooling_factor: float = 1.0) -> list[Planned
         dim = listed.config.embedding_dim
         if dim % _DIM_MULTIPLE:
             raise UserError(
-                f"{listed.where}: embedding_dim must be a multiple of {_DIM_MULTIPLE}, as FBGEMM's tables need, got {dim}"
+                f"{listed.where}: embedding_dim must be a multiple of {_DIM_MULTIPLE}, as FBGEMM's tables need, got "
+                f"{dim}"
             )
         factors = _pooling_factors(listed, default_pooling_factor)
         tables.append(PlannedTable(listed.config, factors, listed.weighted))

@@ -10,7 +10,7 @@ from torchrec_mpe.planner.lookups import distinct_rows
 _FP32 = 4
 _INT32 = 4
 _INT64 = 8
-# Optimizers with which torchrec_mpe.distributed.one_table_lookup looks each distinct row up once.
+# Optimizers and kernels with which torchrec_mpe.distributed.one_table_lookup looks each distinct row up once.
 _ONE_TABLE = (EmbOptimType.EXACT_SGD, EmbOptimType.SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
 # The index tensors that the bag op's kernels for CUDA make in backward, for each id: row number and table, int64, and
 # the group or candidate, at most int32; besides two int64 while the former are made.
@@ -50,7 +50,7 @@ def unpooled_rows(
     ==============================  =====================  =============  ==============  ==============
     device, kernel                  N                      held           forward moves   backward moves
     ==============================  =====================  =============  ==============  ==============
-    CPU, fused                      distinct ids           2 R            2 R + N m       3 R + N m
+    CPU, fused or cached            distinct ids           2 R            2 R + N m       3 R + N m
     CPU, dense                      ids                    2 R            2 R + N m       3 R + N m
     CUDA                            ids                    3 R            4 R + N m       5 R + N m
     ==============================  =====================  =============  ==============  ==============
@@ -72,8 +72,7 @@ def unpooled_rows(
     ids = sum(lookups)
     if not rows or not ids:
         return UnpooledRows()
-    dense = compute_kernel == EmbeddingComputeKernel.DENSE.value
-    if compute_device == "cpu" and not dense and optimizer in _ONE_TABLE:
+    if compute_device == "cpu" and compute_kernel != EmbeddingComputeKernel.DENSE.value and optimizer in _ONE_TABLE:
         found = sum(distinct_rows(of_feature, rows) for of_feature in lookups)
         # Distinct ids, their row numbers and bags of one row, int64; where each id is among them, int32.
         index_bytes = 3 * _INT64 * found + _INT32 * ids
