@@ -86,7 +86,7 @@ def test_prepared_data_and_dlrm(log: Path, tmp_path: Path, capsys: pytest.Captur
     assert "user: " in capsys.readouterr().out
     code = main(
         ["run", "--format", "prepared", "--data", str(prepared), "--out", str(tmp_path / "out"), "--model", "dlrm",
-         "--method", "rule:8", *SMALL]
+         "--method", "rule:8", "cache:int8:0.1", *SMALL]
     )  # fmt: skip
     assert code == 0 and not (tmp_path / "out" / "data").exists()
 
@@ -138,6 +138,10 @@ MISTAKES = {
     "bad bits": (["--method", "uniform:9"], "bit-width from 1 to 8"),
     "bad fraction": (["--method", "cut:4:2"], "fraction of rows"),
     "bad ratio": (["--method", "rule:0"], "ratio above 1"),
+    "bad cache": (["--method", "cache:int8"], "use cache:int8:FRACTION"),
+    "bad width of a cache": (["--method", "cache:int2:0.1"], "use cache:int8:FRACTION or cache:int4:FRACTION"),
+    "bad fraction of a cache": (["--method", "cache:int8:1.5"], "above 0 and at most 1"),
+    "bad algorithm of a cache": (["--method", "cache:int8:0.1:fifo"], "with :lru or :lfu"),
     "unreachable ratio": (["--method", "rule:100000"], "does not fit this data"),
     "dim": (["--dim", "6"], "--dim must be a multiple of 4"),
     "resets": (["--resets", "0", "--method", "mpe"], "--resets must be at least 1"),
@@ -234,6 +238,34 @@ def test_packed_model_predicts_like_the_retrained_one(log: Path, tmp_path: Path)
             main(["run", *csv_options(log), "--out", str(tmp_path / "out"), "--method", "uniform:6", *SMALL])
 
 
+@pytest.mark.supports("training: cached tables with torchrec-mpe run", "CPU")
+def test_cached_training(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache as large as the tables is fp32 but for the rounding of initial rows and of the flush."""
+    out = tmp_path / "out"
+    methods = ["fp32", "cache:int8:1", "cache:int4:0.1:lru", "cache:int4:0.1"]
+    assert main(["run", *csv_options(log), *SMALL, "--out", str(out), "--method", *methods]) == 0
+    printed = capsys.readouterr().out
+    assert "in training" in printed and "without optimizer state" in printed
+    fp32, whole, lru, lfu = json.loads((out / "results.json").read_text())
+    assert whole["auc_before_flush"] == pytest.approx(fp32["auc"], abs=0.03)
+    rows = fp32["fp32_bytes"] // (4 * 8)
+    assert fp32["training_bytes"] == fp32["fp32_training_bytes"] == rows * 4 * (8 + 1)
+    for record, bits in ((whole, 8), (lru, 4), (lfu, 4)):
+        assert record["average_bits"] == bits and record["fp32_training_bytes"] == fp32["training_bytes"]
+        assert record["embedding_bytes"] == rows * (8 * bits // 8 + 2), "codes, scale and offset"
+        assert record["training_bytes"] == sum(record["training_bytes_by_kind"].values())
+        assert set(record["cache_statistics"]) == {"t_user", "t_item", "t_tags"}
+        distinct = sum(counters["num_unique_indices"] for counters in record["cache_statistics"].values())
+        misses = sum(counters["num_unique_misses"] for counters in record["cache_statistics"].values())
+        assert record["hit_rate"] == pytest.approx(1 - misses / distinct, abs=1e-6)
+    # Two phases of 11 batches of 64; the reset between them empties the caches.
+    assert all(counters["num_calls"] == 22 for counters in whole["cache_statistics"].values())
+    assert all(counters["num_evictions"] == 0 for counters in whole["cache_statistics"].values())
+    assert lru["hit_rate"] < whole["hit_rate"] and lru["cache_statistics"]["t_user"]["num_evictions"] > 0
+    page = (out / "report.html").read_text()
+    assert "<h2>Caches</h2>" in page and "cache:int4:0.1:lru, t_user" in page and (out / "hit-rates.png").exists()
+
+
 def test_printed_table_by_hand() -> None:
     common = {"logloss": 0.5, "average_bits": 2.0, "embedding_bytes": 2000, "compression_ratio": 16.0, "seconds": 3.0}
     records = [
@@ -246,3 +278,12 @@ def test_printed_table_by_hand() -> None:
     # Means 0.71 and 0.705; standard errors: deviations 0.0141 and 0.0071 over the root of 2.
     assert lines[1][:4] == ["fp32", "0.7100", "±", "0.0100"]
     assert lines[2] == ["mpe", "0.7050", "±", "0.0050", "-0.0050", "0.5000", "2.000", "2,000", "16.0x", "3"]
+    assert len(lines) == 3
+
+    records[0] |= {"training_bytes": 8000, "fp32_training_bytes": 8000}
+    cached = {"training_bytes": 2000, "fp32_training_bytes": 8000, "hit_rate": 0.75}
+    records.append({"method": "cache:int8:0.05", "seed": 0, "auc": 0.71, **common, **cached})
+    lines = [line.split() for line in result_table(records).splitlines()]
+    assert lines[0][-5:] == ["training", "bytes", "ratio", "hit", "rate"]
+    assert lines[1][-3:] == ["3", "8,000", "1.0x"] and lines[2][-2:] == ["16.0x", "3"]
+    assert lines[3][-4:] == ["3", "2,000", "4.0x", "75.0%"]

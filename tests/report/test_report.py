@@ -15,8 +15,10 @@ import torch
 
 from torchrec_mpe.atomic import atomic_file
 from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.cache import CacheStatistics
 from torchrec_mpe.report import ReportData, write_report
 from torchrec_mpe.report.estimates import baseline_method, difference, estimate
+from torchrec_mpe.report.hit_rate_figure import _joined, _missing_most
 from torchrec_mpe.report.numerals import decimal, in_bytes, short_count
 from torchrec_mpe.report.quality_figure import quality_figure
 from torchrec_mpe.report.style import house_style, label, method_styles
@@ -275,6 +277,63 @@ def test_the_users_matplotlib_settings_are_kept(tmp_path: Path) -> None:
     with matplotlib.rc_context({"text.usetex": True, "font.size": 31.0}):
         write_report(tmp_path, ReportData("One", [result("fp32", 0, 0.78)]))
         assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 31.0
+
+
+def cached_result(method: str, seed: int, training_bytes: int) -> dict[str, Any]:
+    counters = {
+        "user": vars(CacheStatistics(10, 4000, 2000, 500, 30, 400)),
+        "shop": vars(CacheStatistics(10, 4000, 1000, 100, 0, 0)),
+    }
+    return {
+        **result(method, seed, 0.78),
+        "training_bytes": training_bytes,
+        "fp32_training_bytes": 6 << 20,
+        "training_bytes_by_kind": {"store": 1 << 20, "spill": training_bytes - (1 << 20)},
+        "hit_rate": 0.8,
+        "cache_statistics": counters,
+    }
+
+
+def test_caches(tmp_path: Path) -> None:
+    windows = [
+        {"user": CacheStatistics(5, 2000, 1000, 400), "shop": CacheStatistics(5, 2000, 500, 100)},
+        {"user": CacheStatistics(5, 2000, 1000, 100), "shop": CacheStatistics(5, 2000, 500, 0)},
+    ]
+    curve = {"steps": [5, 10], "loss": [0.7, 0.5], "validation": [], "seed": 0}
+    method = "cache:int8:0.05"
+    fp32 = {**result("fp32", 0, 0.781), "training_bytes": 6 << 20, "fp32_training_bytes": 6 << 20}
+    results = [fp32, cached_result(method, 0, 2 << 20), cached_result(method, 1, 3 << 20)]
+    curves = [{**curve, "method": method, "phase": f"train {k}", "caches": windows} for k in (1, 2)]
+    report = ReportData("Caches", results, [*curves, {**curve, "method": "fp32", "phase": "train 1", "caches": []}])
+    page = write_report(tmp_path, report).read_text()
+    rows = {row[0]: row[1:] for row in Cells(page.split("<h2>Caches</h2>")[1].split("<h2>")[0]).rows}
+    # Mean of 2 and 3 MiB and of their ratios 3 and 2 to 6 MiB; the kinds are those of the first seed.
+    assert rows[method][:2] == ["10", "8,000"], "the second table is the counters'"
+    assert [row[1:5] for row in Cells(page).rows if row[0] == method and TIMES in row[2]] == [
+        ["2.5 ± 0.5 MiB", f"2.50{TIMES}", "80.00%", "1.0 MiB"]
+    ]
+    assert [row[1:4] for row in Cells(page).rows if row[0] == "fp32" and TIMES in row[2]] == [
+        ["6.0 MiB", f"1.00{TIMES}", "n/a"]
+    ]
+    assert rows[f"{method}, user"] == ["10", "4,000", "2,000", "500", "30", "400", "75.00%"]
+    assert (tmp_path / "hit-rates.png").read_bytes().startswith(PNG)
+    assert "without optimizer state" in page
+    steps, joined, starts = _joined(curves)
+    assert (steps, starts) == ([5, 10, 15, 20], [0, 10]) and joined == [*windows, *windows]
+
+
+def test_no_caches(written: Path) -> None:
+    assert "<h2>Caches</h2>" not in written.read_text() and "without optimizer state" not in written.read_text()
+
+
+def test_hit_rates_of_one_window_and_many_tables(tmp_path: Path) -> None:
+    window = {f"_$ {k}": CacheStatistics(1, 9, 9, k) for k in range(9)}
+    assert _missing_most([window]) == [f"_$ {k}" for k in range(3, 9)]
+    curve = {"method": "c", "seed": 0, "phase": "train", "steps": [1], "loss": [0.5], "validation": []}
+    write_report(tmp_path, ReportData("x", [], [{**curve, "caches": [window]}]))
+    assert (tmp_path / "hit-rates.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="a curve of c has 1 steps, 2 caches"):
+        ReportData("x", [], [{**curve, "caches": [window, window]}])
 
 
 def test_data_that_does_not_fit() -> None:

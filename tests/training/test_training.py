@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mpe import MPEEmbeddingBagCollection
+from torchrec_mpe.cache import CacheConfig
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.training.loop import evaluate
 from torchrec_mpe.training.methods import Method
@@ -23,6 +25,36 @@ from torchrec_mpe.training.model import build_model
 )
 def test_method_names(name: str, kind: str, numbers: tuple[float, ...]) -> None:
     assert Method.parse(name) == Method(name, kind, numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "load_factor", "algorithm"),
+    [
+        ("cache:int8:0.05", 8, 0.05, CacheAlgorithm.LRU),
+        ("cache:int8:0.05:lfu", 8, 0.05, CacheAlgorithm.LFU),
+        ("cache:int4:1e-2", 4, 0.01, CacheAlgorithm.LFU),
+        ("cache:int4:1:lru", 4, 1.0, CacheAlgorithm.LRU),
+    ],
+)
+def test_cache_method_names(name: str, bits: Any, load_factor: float, algorithm: CacheAlgorithm) -> None:
+    assert Method.parse(name) == Method(name, "cache", (), CacheConfig(bits, load_factor, algorithm))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cache",
+        "cache:",
+        "cache:int8",
+        "cache:int8:",
+        "cache:int8:0",
+        "cache:int8:nan",
+        "cache:fp16:1",
+    ],
+)
+def test_unknown_cache_methods(name: str) -> None:
+    with pytest.raises(UserError, match="use cache:int8:FRACTION"):
+        Method.parse(name)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="METHOD",
-        help="fp32, uniform:BITS, cut:BITS:FRACTION, rule:RATIO, mpe; several allowed (default: fp32 rule:60 mpe)",
+        help="fp32, cache:int8:FRACTION, cache:int4:FRACTION (of the rows that the cache holds; perhaps with :lru or "
+        ":lfu), uniform:BITS, cut:BITS:FRACTION, rule:RATIO, mpe; several allowed (default: fp32 rule:60 mpe)",
     )
     group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more seeds (default: 0)")
     group.add_argument("--model", choices=["dlrm", "dnn"], default="dnn", help="(default: dnn)")
@@ -163,9 +164,13 @@ def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequenc
                 outcomes.append((method, outcome))
                 _write_records(options, outcomes)
                 r = outcome.record
+                hits = ""
+                if "hit_rate" in r:
+                    ratio = r["fp32_training_bytes"] / r["training_bytes"]
+                    hits = f"{r['training_bytes']:,} in training ({ratio:.1f}x), hit rate {r['hit_rate']:.1%}, "
                 print(
                     f"{method.name} seed {seed}: AUC {r['auc']:.4f}, {r['embedding_bytes']:,} bytes "
-                    f"({r['compression_ratio']:.1f}x), {r['seconds']:.0f} s",
+                    f"({r['compression_ratio']:.1f}x), {hits}{r['seconds']:.0f} s",
                     flush=True,
                 )
     page = write_report(options.out, _report_data(options, data, outcomes, job))
@@ -199,6 +204,7 @@ def _report_data(
                 "steps": c.steps,
                 "loss": c.loss,
                 "validation": c.validation,
+                "caches": c.caches,
             }
             for m, o in outcomes
             for c in o.curves

@@ -30,9 +30,12 @@ class ReportData:
         title (str): the page's heading.
         results (Sequence[Mapping[str, Any]]): a row per method and seed with method, seed, auc, logloss, average_bits,
             embedding_bytes (as stored: packed rows, directories and scales), fp32_bytes, compression_ratio, seconds.
+            Methods with a cache also have training_bytes, training_bytes_by_kind, fp32_training_bytes, hit_rate and
+            cache_statistics (table -> counters by name).
         curves (Sequence[Mapping[str, Any]]): a row per method, seed and phase ("train", "search", "retrain 1", ...)
             with steps (list[int]), loss (list[float], training log loss averaged over windows) and validation
-            (list of {"step", "auc"}).
+            (list of {"step", "auc"}). Methods with a cache also have caches (list[dict[str, CacheStatistics]]): what
+            each table's cache counted in the windows that end at the steps.
         plans (Mapping[str, Mapping[str, TableBitWidths]]): method -> table -> bit-widths.
         counts (Mapping[str, Tensor]): table -> int64 [num_embeddings], training frequencies by row id.
         probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the rank bounds
@@ -62,6 +65,10 @@ class ReportData:
             if len(curve["steps"]) != len(curve["loss"]):
                 raise ValueError(
                     f"a curve of {curve['method']} has {len(curve['steps'])} steps, {len(curve['loss'])} losses"
+                )
+            if curve.get("caches") and len(curve["steps"]) != len(curve["caches"]):
+                raise ValueError(
+                    f"a curve of {curve['method']} has {len(curve['steps'])} steps, {len(curve['caches'])} caches"
                 )
         for method, tables in self.plans.items():
             for table, widths in tables.items():

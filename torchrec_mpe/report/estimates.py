@@ -18,7 +18,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method over its seeds; ``delta`` is its AUC less fp32's, None for fp32 itself and without fp32."""
+    """One method over its seeds; ``delta`` is its AUC less fp32's, None for fp32 itself and without fp32. The last
+    three are of methods that train with a cache, and of fp32 but for the hit rate; else None."""
 
     method: str
     seeds: int
@@ -29,6 +30,9 @@ class MethodSummary:
     embedding_bytes: Estimate
     compression_ratio: Estimate
     seconds: Estimate
+    training_bytes: Estimate | None = None
+    training_ratio: Estimate | None = None
+    hit_rate: Estimate | None = None
 
 
 def estimate(values: Iterable[float | None]) -> Estimate:
@@ -71,6 +75,8 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
     for method in unique(str(row["method"]) for row in results):
         rows = [row for row in results if str(row["method"]) == method]
         compare = baseline is not None and method != baseline
+        trained = [row for row in rows if "training_bytes" in row]
+        cached = [row for row in rows if "hit_rate" in row]
         summaries.append(
             MethodSummary(
                 method=method,
@@ -82,6 +88,11 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
                 embedding_bytes=estimate(row["embedding_bytes"] for row in rows),
                 compression_ratio=estimate(row["compression_ratio"] for row in rows),
                 seconds=estimate(row["seconds"] for row in rows),
+                training_bytes=estimate(row["training_bytes"] for row in trained) if trained else None,
+                training_ratio=estimate(row["fp32_training_bytes"] / row["training_bytes"] for row in trained)
+                if trained
+                else None,
+                hit_rate=estimate(row["hit_rate"] for row in cached) if cached else None,
             )
         )
     return summaries

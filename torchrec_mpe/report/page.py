@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from torchrec_mpe.report.cache_tables import cache_tables
 from torchrec_mpe.report.data import ReportData
 from torchrec_mpe.report.estimates import MethodSummary, baseline_method, summarize
+from torchrec_mpe.report.html_table import html_table
 from torchrec_mpe.report.numerals import MISSING, bytes_with_error, decimal, in_bytes, with_error
 
 _STYLE = """
@@ -67,7 +69,7 @@ def html_page(report: ReportData, pictures: Sequence[Picture]) -> str:
     """The whole page, with the pictures inside it."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if report.results:
-        parts += ["<h2>Results</h2>", _results_table(report), _runs_table(report)]
+        parts += ["<h2>Results</h2>", _results_table(report), _runs_table(report), cache_tables(report)]
     for picture in pictures:
         heading = f"<h2>{escape(picture.heading)}</h2>\n" if picture.heading else ""
         source = base64.b64encode(picture.png).decode("ascii")
@@ -85,19 +87,6 @@ def html_page(report: ReportData, pictures: Sequence[Picture]) -> str:
         "style-src 'unsafe-inline'\">\n"
         f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _table(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
-    """A table of (title, unit) columns; the first cell of a row names it."""
-    head = "".join(
-        f'<th scope="col">{escape(title)}{f"<small>{escape(unit)}</small>" if unit else ""}</th>'
-        for title, unit in header
-    )
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _results_table(report: ReportData) -> str:
@@ -124,7 +113,9 @@ def _results_table(report: ReportData) -> str:
         if errors
         else "One seed each, so no standard errors."
     )
-    return f"<p>{note} Size counts packed rows, directories and scales: real bytes.{escape(full)}</p>\n" + _table(
+    if any(one.hit_rate is not None for one in summaries):
+        full += " Of a method with a cache it is the store, flushed and without optimizer state."
+    return f"<p>{note} Size counts packed rows, directories and scales: real bytes.{escape(full)}</p>\n" + html_table(
         header, rows
     )
 
@@ -165,7 +156,7 @@ def _runs_table(report: ReportData) -> str:
         ]
         for row in report.results
     ]
-    return f"<details><summary>Every run</summary>\n{_table(header, rows)}\n</details>"
+    return f"<details><summary>Every run</summary>\n{html_table(header, rows)}\n</details>"
 
 
 def _facts(heading: str, facts: Mapping[str, str | int | float]) -> str:

@@ -4,6 +4,7 @@ import math
 
 from torchrec_mpe.report.data import ReportData
 from torchrec_mpe.report.estimates import summarize
+from torchrec_mpe.report.hit_rate_figure import hit_rate_figure
 from torchrec_mpe.report.numerals import bytes_with_error, with_error
 from torchrec_mpe.report.page import Picture
 from torchrec_mpe.report.probabilities_figure import probabilities_figure
@@ -16,7 +17,13 @@ from torchrec_mpe.report.widths_figures import METHODS_A_FIGURE, width_by_rank_f
 def report_pictures(report: ReportData) -> list[Picture]:
     """Every figure that the data allows, rendered."""
     with house_style():
-        return [*_quality(report), *_widths(report), *_probabilities(report), *_training(report)]
+        return [
+            *_quality(report),
+            *_widths(report),
+            *_probabilities(report),
+            *_hit_rates(report),
+            *_training(report),
+        ]
 
 
 def _quality(report: ReportData) -> list[Picture]:
@@ -81,6 +88,18 @@ def _probabilities(report: ReportData) -> list[Picture]:
         alt = f"Heat maps by field for {method}: probability of each candidate bit-width by frequency rank."
         pictures.append(Picture(f"probabilities-{len(pictures) + 1}.png", to_png(figure), heading, caption, alt))
     return pictures
+
+
+def _hit_rates(report: ReportData) -> list[Picture]:
+    curves = [curve for curve in report.curves if curve.get("caches")]
+    if not curves:
+        return []
+    caption = (
+        "The share of a batch's distinct rows that were in the cache, in windows of steps, of the first seed. A dashed "
+        "line is a reset of the rows, which empties the cache."
+    )
+    alt = "Line plots of the cache's hit rate by step, a panel per method, a line per table and one for all tables."
+    return [Picture("hit-rates.png", to_png(hit_rate_figure(curves)), "Hit rates", caption, alt)]
 
 
 def _training(report: ReportData) -> list[Picture]:

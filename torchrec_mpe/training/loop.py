@@ -20,12 +20,15 @@ from torchrec.distributed.types import ShardingType
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
+from torchrec_mpe.cache import CacheStatistics
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.distributed import sharders
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.frequency import embedding_bag_configs
+from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.planner import MPEShardingPlanner
 from torchrec_mpe.search import bit_penalty
+from torchrec_mpe.training.cached_tables import cache_statistics
 from torchrec_mpe.training.position import Position
 from torchrec_mpe.training.step_log import StepLog
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from torchrec_mpe.training.phase_checkpoints import PhaseCheckpoints
 
 _CURVE_POINTS = 40
+_CACHED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 
 SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
 """What the planner chooses from by default: the sharding types that run on CPU and on CUDA, fused."""
@@ -59,11 +63,13 @@ class Hyperparameters:
 
 @dataclass
 class Curve:
-    """Training log loss by step, averaged over windows, and validation AUC."""
+    """Training log loss by step, averaged over windows, what the caches of this rank's tables counted in each window,
+    and validation AUC."""
 
     phase: str
     steps: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    caches: list[dict[str, CacheStatistics]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -73,7 +79,7 @@ def shard(
     device: torch.device,
     sharding_types: Sequence[str] = SHARDING_TYPES,
 ) -> DistributedModelParallel:
-    """A model under DistributedModelParallel, its rows in fused TBEs with row-wise Adagrad.
+    """A model under DistributedModelParallel, its rows in fused or cached TBEs with row-wise Adagrad.
 
     Args:
         model (nn.Module): its collections in the phase to train; called by all ranks.
@@ -85,9 +91,12 @@ def shard(
         PlannerError: if the tables do not fit into the ranks' memory.
     """
     fused_params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": settings.row_learning_rate}
-    constraint = ParameterConstraints(
-        sharding_types=list(sharding_types), compute_kernels=[EmbeddingComputeKernel.FUSED.value]
-    )
+    cached = {
+        table
+        for module in model.modules()
+        if isinstance(module, CachedEmbeddingBagCollection)
+        for table in module.cache_configs
+    }
     memory = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory} if device.type == "cuda" else {}
     planner = MPEShardingPlanner(
         topology=Topology(
@@ -97,7 +106,13 @@ def shard(
             **memory,
         ),
         batch_size=settings.batch_size,
-        constraints={table.name: constraint for table in embedding_bag_configs(model)},
+        constraints={
+            table.name: ParameterConstraints(
+                sharding_types=list(sharding_types),
+                compute_kernels=[(_CACHED if table.name in cached else EmbeddingComputeKernel.FUSED).value],
+            )
+            for table in embedding_bag_configs(model)
+        },
     )
     chosen = sharders(fused_params)
     plan = planner.collective_plan(model, chosen, dist.GroupMember.WORLD)
@@ -159,6 +174,7 @@ def train_phase(
     start = checkpoints.resume(model, optimizer, schedule) if checkpoints else Position()
     step = start.epoch * steps + start.batch
     running, shown = torch.zeros((), device=model.device), step
+    counted = cache_statistics(model)
     with tqdm(
         total=steps * epochs, initial=step, desc=phase, unit="step", disable=not progress or rank > 0, leave=False
     ) as bar:
@@ -195,6 +211,9 @@ def train_phase(
                         raise UserError(f"the loss is not finite after {step} steps of {phase}: training diverged")
                     curve.steps.append(step)
                     curve.loss.append(mean)
+                    before, counted = counted, cache_statistics(model)
+                    if counted:
+                        curve.caches.append({table: counted[table] - before[table] for table in counted})
                     bar.set_postfix(loss=f"{mean:.4f}")
                     running.zero_()
                     shown = step

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_mpe.cache import CacheConfig, CacheStatistics
+from torchrec_mpe.cache.config import parse_cache_config
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.inference.emit import emit_inference_model
@@ -19,6 +21,13 @@ from torchrec_mpe.precision import PrecisionPlan, cut_precision, precision_from_
 from torchrec_mpe.prepare import prepare_retrain_, prepare_search_, reset_rows_
 from torchrec_mpe.quantizer import SearchConfig
 from torchrec_mpe.search import sample_precision, search_quantizers
+from torchrec_mpe.training.cached_tables import (
+    cache_statistics,
+    cached_bytes,
+    flush,
+    fp32_training_bytes,
+    stored_bytes,
+)
 from torchrec_mpe.training.loop import Curve, Hyperparameters, evaluate, shard, train_phase
 from torchrec_mpe.training.model import ModelKind, build_model, table_configs
 
@@ -28,14 +37,17 @@ class Method:
     """One way to size embedding tables.
 
     Attributes:
-        name (str): as given on the command line, "fp32", "uniform:6", "cut:4:0.1", "rule:60" or "mpe".
+        name (str): as given on the command line, "fp32", "cache:int8:0.05", "uniform:6", "cut:4:0.1", "rule:60" or
+            "mpe".
         kind (str): the part before the first colon.
-        numbers (tuple[float, ...]): the parts after it.
+        numbers (tuple[float, ...]): the parts after it, but of "cache".
+        cache (Optional[CacheConfig]): of "cache".
     """
 
     name: str
     kind: str
     numbers: tuple[float, ...]
+    cache: CacheConfig | None = None
 
     @classmethod
     def parse(cls, name: str) -> "Method":
@@ -45,13 +57,24 @@ class Method:
             UserError: if it is none of the known forms.
         """
         kind, *rest = name.split(":")
+        if kind == "cache":
+            try:
+                return cls(name, kind, (), parse_cache_config(name.partition(":")[2]))
+            except ValueError as error:
+                raise UserError(
+                    f"method {name!r} is unknown: use cache:int8:FRACTION or cache:int4:FRACTION, FRACTION of the rows "
+                    "above 0 and at most 1, with :lru or :lfu after it or without"
+                ) from error
         forms = {"fp32": 0, "uniform": 1, "cut": 2, "rule": 1, "mpe": 0}
         try:
             numbers = tuple(float(part) for part in rest)
         except ValueError:
             numbers = ()
         if kind not in forms or len(rest) != forms[kind] or len(numbers) != len(rest):
-            raise UserError(f"method {name!r} is unknown: use fp32, uniform:BITS, cut:BITS:FRACTION, rule:RATIO or mpe")
+            raise UserError(
+                f"method {name!r} is unknown: use fp32, cache:int8:FRACTION, cache:int4:FRACTION, uniform:BITS, "
+                "cut:BITS:FRACTION, rule:RATIO or mpe"
+            )
         if kind in ("uniform", "cut") and numbers[0] not in range(1, 9):
             raise UserError(f"method {name!r} needs a bit-width from 1 to 8")
         if kind == "cut" and not 0 < numbers[1] <= 1:
@@ -93,11 +116,13 @@ class Outcome:
 
     Attributes:
         record (dict[str, Any]): method, seed, auc, logloss (test rows), average_bits, embedding_bytes, fp32_bytes,
-            compression_ratio and seconds.
+            compression_ratio and seconds. "fp32" and "cache" have training_bytes and fp32_training_bytes, of all that
+            rows take while they train, optimizer state included; "cache" also training_bytes_by_kind, hit_rate,
+            cache_statistics (by table) and auc_before_flush.
         curves (list[Curve]): one a phase.
-        plan (Optional[PrecisionPlan]): None for "fp32".
+        plan (Optional[PrecisionPlan]): None for "fp32" and "cache".
         probabilities (Optional[Mapping]): per table, rank bounds and [groups, candidates], of "mpe".
-        model (nn.Module): the emitted model with packed rows, or the trained one for "fp32".
+        model (nn.Module): the emitted model with packed rows, or the trained one for "fp32" and "cache".
     """
 
     record: dict[str, Any]
@@ -126,15 +151,16 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
     torch.manual_seed(seed)
     initialization = RowInitialization(seed, job.search.initialization.std)
     tables, counts = tables_and_counts(data, job.embedding_dim)
-    model = build_model(job.model, tables, len(data.dense_names), device=job.device)
+    cache = None if method.cache is None else replace(method.cache, seed=seed)
+    model = build_model(job.model, tables, len(data.dense_names), device=job.device, cache=cache)
     plan: PrecisionPlan | None = None
     if method.kind == "mpe":
         prepare_search_(model, counts, replace(job.search, initialization=initialization))
-    elif method.kind != "fp32":
+    elif method.kind not in ("fp32", "cache"):
         plan = _plan(method, tables, counts, initialization, job.search)
         prepare_retrain_(model, plan)
     dmp = shard(model, job.hyperparameters, job.device)
-    if method.kind == "fp32":
+    if plan is None and method.kind != "mpe":
         reset_rows_(dmp, initialization)
     curves: list[Curve] = []
     probabilities = None
@@ -149,7 +175,7 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
             prepare_retrain_(dmp, plan)
         elif phase > 0:
             reset_rows_(dmp, initialization)
-        name = "search" if searching else f"{'train' if method.kind == 'fp32' else 'retrain'} {phase + 1}"
+        name = "search" if searching else f"{'retrain' if plan is not None else 'train'} {phase + 1}"
         curve = train_phase(
             dmp,
             data,
@@ -162,7 +188,7 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
         )
         curve.phase = name
         curves.append(curve)
-    emitted, sizes = _finish(dmp, plan, data, job)
+    emitted, sizes = _finish(method, dmp, plan, tables, data, job)
     record = {
         "method": method.name,
         "seed": seed,
@@ -185,7 +211,7 @@ def check_fit(method: Method, data: PreparedDataset, job: Job) -> None:
     Raises:
         UserError: if it cannot.
     """
-    if method.kind not in ("fp32", "mpe"):
+    if method.kind not in ("fp32", "cache", "mpe"):
         tables, counts = tables_and_counts(data, job.embedding_dim)
         _plan(method, tables, counts, job.search.initialization, job.search)
 
@@ -223,14 +249,37 @@ def _probabilities(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Tensor]
 
 
 def _finish(
-    dmp: DistributedModelParallel, plan: PrecisionPlan | None, data: PreparedDataset, job: Job
+    method: Method,
+    dmp: DistributedModelParallel,
+    plan: PrecisionPlan | None,
+    tables: list[EmbeddingBagConfig],
+    data: PreparedDataset,
+    job: Job,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model to serve, and its sizes as stored."""
     if plan is not None:
         return emit_with_sizes(dmp, plan)
-    fp32_bytes = sum(4 * field.num_embeddings * job.embedding_dim for field in data.fields)
-    sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes}
-    return dmp, {**sizes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
+    fp32_bytes = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+    sizes = {"average_bits": 32.0, "embedding_bytes": fp32_bytes, "fp32_bytes": fp32_bytes, "compression_ratio": 1.0}
+    sizes["training_bytes"] = sizes["fp32_training_bytes"] = fp32_training_bytes(tables)
+    if method.cache is None:
+        return dmp, sizes
+    statistics = cache_statistics(dmp)
+    by_kind = cached_bytes(dmp)
+    cached_auc = evaluate(dmp, data, "test", job.device)["auc"]
+    flush(dmp)  # what is evaluated from here on is what is stored
+    stored = stored_bytes(dmp)
+    return dmp, {
+        **sizes,
+        "average_bits": float(method.cache.bits),
+        "embedding_bytes": stored,
+        "compression_ratio": round(fp32_bytes / stored, 3),
+        "training_bytes": sum(by_kind.values()),
+        "training_bytes_by_kind": by_kind,
+        "hit_rate": round(sum(statistics.values(), CacheStatistics()).hit_rate, 6),
+        "cache_statistics": {table: asdict(counters) for table, counters in statistics.items()},
+        "auc_before_flush": cached_auc,
+    }
 
 
 def emit_with_sizes(dmp: DistributedModelParallel, plan: PrecisionPlan) -> tuple[nn.Module, dict[str, Any]]:

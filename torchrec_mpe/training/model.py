@@ -10,8 +10,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mpe.cache import CacheConfig
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.modules import MPEEmbeddingBagCollection
+from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 
 ModelKind = Literal["dlrm", "dnn"]
 _DNN_LAYERS = (256, 128, 64)
@@ -83,7 +85,12 @@ class ConstantDense(nn.Module):
 
 
 def build_model(
-    kind: ModelKind, tables: list[EmbeddingBagConfig], dense_in_features: int, *, device: torch.device
+    kind: ModelKind,
+    tables: list[EmbeddingBagConfig],
+    dense_in_features: int,
+    *,
+    device: torch.device,
+    cache: CacheConfig | None = None,
 ) -> nn.Module:
     """A click model: (dense features [B, K], sparse features) -> logits [B, 1].
 
@@ -92,8 +99,13 @@ def build_model(
         tables (List[EmbeddingBagConfig]): of one embedding dimension.
         dense_in_features (int): K, may be 0.
         device (torch.device): of the dense network; the rows are left on the meta device for the sharder.
+        cache (Optional[CacheConfig]): of all tables, whose rows are then in INT8 or INT4; fp32 without.
     """
-    collection = MPEEmbeddingBagCollection(tables, device=torch.device("meta"))
+    meta = torch.device("meta")
+    if cache is None:
+        collection = MPEEmbeddingBagCollection(tables, device=meta)
+    else:
+        collection = CachedEmbeddingBagCollection(tables, device=meta, cache=cache)
     if kind == "dnn":
         model: nn.Module = DNN(collection, dense_in_features)
     else:
