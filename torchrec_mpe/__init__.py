@@ -14,7 +14,7 @@ from torchrec_mpe.versions import __version__, warn_or_raise_at_import
 
 if TYPE_CHECKING:
     from torchrec_mpe.bit_widths import TableBitWidths
-    from torchrec_mpe.cache import CacheConfig, CacheStatistics
+    from torchrec_mpe.cache import CacheConfig, CacheStatistics, caches_from_frequencies
     from torchrec_mpe.checkpoint import Checkpoint, Checkpoints
     from torchrec_mpe.convert import convert_checkpoint
     from torchrec_mpe.distributed import (
@@ -53,6 +53,7 @@ _MODULES = {
     "TableBitWidths": "torchrec_mpe.bit_widths",
     "CacheConfig": "torchrec_mpe.cache",
     "CacheStatistics": "torchrec_mpe.cache",
+    "caches_from_frequencies": "torchrec_mpe.cache",
     "Checkpoint": "torchrec_mpe.checkpoint",
     "Checkpoints": "torchrec_mpe.checkpoint",
     "convert_checkpoint": "torchrec_mpe.convert",
@@ -120,6 +121,7 @@ __all__ = [
     "TrackedFrequencies",
     "__version__",
     "bit_penalty",
+    "caches_from_frequencies",
     "convert_checkpoint",
     "count_frequencies",
     "cut_precision",

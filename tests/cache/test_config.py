@@ -75,7 +75,9 @@ def test_parsing(text: str, expected: CacheConfig) -> None:
     assert parse_cache_config(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "int8", "int8:", "int2:0.1", "int8:0", "int8:1.5", "int8:x", "int8:nan", "8:0.1"])
+@pytest.mark.parametrize(
+    "text", ["", "int8", "int8:", "int2:0.1", "int8:0", "int8:1.5", "int8:x", "int8:nan", "8:0.1", "int8:0.1:"]
+)
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no cache: use int8:FRACTION"):
         parse_cache_config(text)

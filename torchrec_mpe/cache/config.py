@@ -93,10 +93,11 @@ def parse_cache_config(text: str) -> CacheConfig:
         ValueError: if it has another form.
     """
     width, _, rest = text.partition(":")
-    factor, _, algorithm = rest.partition(":")
+    factor, named, algorithm = rest.partition(":")
     bits: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
     algorithms = {"lru": CacheAlgorithm.LRU, "lfu": CacheAlgorithm.LFU}
-    algorithm = algorithm or {"int4": "lfu"}.get(width, "lru")
+    if not named:
+        algorithm = {"int4": "lfu"}.get(width, "lru")
     try:
         load_factor = float(factor)
     except ValueError:

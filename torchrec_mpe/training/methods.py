@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe.cache import CacheConfig, CacheStatistics
+from torchrec_mpe.cache import CacheConfig, CacheStatistics, caches_from_frequencies
 from torchrec_mpe.cache.config import parse_cache_config
 from torchrec_mpe.data import PreparedDataset
 from torchrec_mpe.errors import UserError
@@ -151,7 +151,9 @@ def run_method(method: Method, data: PreparedDataset, job: Job, seed: int) -> Ou
     torch.manual_seed(seed)
     initialization = RowInitialization(seed, job.search.initialization.std)
     tables, counts = tables_and_counts(data, job.embedding_dim)
-    cache = None if method.cache is None else replace(method.cache, seed=seed)
+    cache = None
+    if method.cache is not None:
+        cache = caches_from_frequencies(counts, tables, replace(method.cache, seed=seed))
     model = build_model(job.model, tables, len(data.dense_names), device=job.device, cache=cache)
     plan: PrecisionPlan | None = None
     if method.kind == "mpe":

@@ -1,6 +1,6 @@
 """The two click models of the command line: TorchRec's DLRM, and the MPE paper's DNN."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -90,7 +90,7 @@ def build_model(
     dense_in_features: int,
     *,
     device: torch.device,
-    cache: CacheConfig | None = None,
+    cache: CacheConfig | Mapping[str, CacheConfig] | None = None,
 ) -> nn.Module:
     """A click model: (dense features [B, K], sparse features) -> logits [B, 1].
 
@@ -99,7 +99,8 @@ def build_model(
         tables (List[EmbeddingBagConfig]): of one embedding dimension.
         dense_in_features (int): K, may be 0.
         device (torch.device): of the dense network; the rows are left on the meta device for the sharder.
-        cache (Optional[CacheConfig]): of all tables, whose rows are then in INT8 or INT4; fp32 without.
+        cache (Union[CacheConfig, Mapping[str, CacheConfig], None]): of all tables, or by name; rows of such tables are
+            in INT8 or INT4, without in fp32.
     """
     meta = torch.device("meta")
     if cache is None:
