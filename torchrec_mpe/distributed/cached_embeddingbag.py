@@ -306,25 +306,6 @@ class CachedEmbeddingBagCollectionSharder(MPEEmbeddingBagCollectionSharder):
     MPEShardingPlanner chooses it for the tables that have a CacheConfig.
     """
 
-    def shard(
-        self,
-        module: CachedEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedCachedEmbeddingBagCollection:
-        """The sharded collection of this rank."""
-        return ShardedCachedEmbeddingBagCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
-
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """The cached kernel first, and TorchRec's for tables without a CacheConfig."""
         kernels: list[str] = super().compute_kernels(sharding_type, compute_device_type)

@@ -408,7 +408,7 @@ class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedMPEEmbeddingBagCollection:
         """The sharded collection of this rank."""
-        return ShardedMPEEmbeddingBagCollection(
+        return self.sharded_module_type(
             module,
             params,
             env,
