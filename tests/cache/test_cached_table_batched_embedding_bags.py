@@ -398,3 +398,12 @@ def test_specs_are_checked() -> None:
         CachedTableSpec("x", 0, 4, CacheConfig())
     with pytest.raises(ValueError, match=r"table x has 3 rows, wide_rows is \[2\]"):
         CachedTableSpec("x", 3, 4, CacheConfig(), torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="table x has 6 columns here: FBGEMM's TBE takes multiples of 4"):
+        CachedTableSpec("x", 3, 6, CacheConfig())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_ids_that_are_no_integers_are_refused(mode: bool) -> None:
+    cached = make(CacheConfig()).train(mode)
+    with pytest.raises(TypeError, match=r"tables t0: ids must be int32 or int64, got torch\.float32"):
+        cached(torch.tensor([1.0]), torch.tensor([0, 1]))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 
 from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec, cached_rows
@@ -278,15 +279,18 @@ def test_an_error_in_the_lookup_frees_its_rows() -> None:
     assert not cached._in_flight
 
 
-@pytest.mark.parametrize("failing", ["write_stored_rows_", "read_stored_rows_"])
+@pytest.mark.parametrize("failing", ["assign_cache_slots_", "write_stored_rows_", "read_stored_rows_"])
 def test_an_interrupt_while_rows_move_is_not_passed_over(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = make()
     cached.flush()
     saved = {name: tensor.clone() for name, tensor in cached.checkpoint_tensors(0).items()}
     cached(*bag(0, 32)).sum().backward()
     with monkeypatch.context() as patch:
+        run = getattr(cached_rows, failing)
 
-        def interrupt(*_: Any) -> None:
+        def interrupt(*arguments: Any) -> None:
+            if failing == "assign_cache_slots_":
+                run(*arguments)  # a signal that comes while an op runs is dealt with when it returns
             raise KeyboardInterrupt
 
         patch.setattr(cached_rows, failing, interrupt)
@@ -339,3 +343,21 @@ def test_batches_end_once() -> None:
     assert batches.oldest() == 4
     batches.end(4)
     assert not batches and batches.oldest() == 5
+
+
+def test_a_lookup_of_one_s_own_that_fails_ends_its_batch() -> None:
+    cached = make()
+    _, batch = cached.slots(*bag(0, 8), [1])
+    with pytest.raises(MemoryError), cached.ended_by_an_error(batch):
+        raise MemoryError
+    assert not cached._in_flight
+
+
+def test_no_second_backward_after_a_lookup_that_failed() -> None:
+    cached = make(bounds_check_mode=BoundsCheckMode.FATAL)
+    output = cached(*bag(0, 8))
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(IndexError):
+        cached(*bag(ROWS - 1, ROWS + 1))
+    with pytest.raises(RuntimeError, match="a second backward through the same lookup"):
+        output.sum().backward()

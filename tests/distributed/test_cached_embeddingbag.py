@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torchrec.distributed.types import ParameterSharding
+from torchrec.distributed.types import ParameterSharding, ShardingEnv2D
 
 import torchrec_mpe as mpe
 from tests.distributed.cached_cases import (
@@ -347,3 +347,19 @@ def test_data_parallel_is_refused(kernel: str) -> None:
 def test_a_cached_kernel_without_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="table t1 has the compute kernel customized_kernel and no CacheConfig"):
         sharded_by("t1", TW, "customized_kernel", cached=("t0",))
+
+
+def test_replicas_that_average_their_tbes_are_refused() -> None:
+    env = object.__new__(ShardingEnv2D)
+    with pytest.raises(NotImplementedError, match=r"tables t0, .* are cached, whose replicas hold different rows"):
+        mpe.ShardedCachedEmbeddingBagCollection(Model(Case((TW,))).ebc, {}, env)
+
+
+def statistics_without_caches() -> dict[str, Any]:
+    names = tuple(t.name for t in tables(Case((TW,))))
+    statistics: dict[str, Any] = sharded(Case((TW,), uncached=names)).module.ebc.cache_statistics(across_ranks=True)
+    return statistics
+
+
+def test_no_caches_count_nothing(two_ranks: Ranks) -> None:
+    assert two_ranks.run(statistics_without_caches) == [{}, {}]

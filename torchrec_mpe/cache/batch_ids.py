@@ -24,9 +24,12 @@ def ids_per_table(
     """How many of a batch's ids are of each table. Waits for the device once.
 
     Raises:
+        TypeError: naming the tables, if the ids are no integers.
         ValueError: naming the tables, if the offsets decrease or do not go from 0 to the number of ids, or are not as
             many as there are bags.
     """
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tables {_names(tables)}: ids must be int32 or int64, got {indices.dtype}")
     bags = sum(bags_per_feature)
     if len(offsets) != max(bags, 0) + 1:
         raise ValueError(f"tables {_names(tables)}: {bags} bags have {bags + 1} offsets, got {len(offsets)}")

@@ -46,6 +46,7 @@ class CachedRows:
     Attributes:
         directories (List[CacheDirectory]): of each table's cache.
         stores (List[BackingStore]): of each table.
+        stored_states (List[List[Tuple[int, str]]]): elements a row, and how they are stored, of each table's states.
         progress (List[Tensor]): int64 [7] of each table, the number of the last batch as of a checkpoint, then the
             directory's statistics.
         wanted_spill (List[int]): slots that the spill areas should have, and get when no batch is in flight.
@@ -74,18 +75,19 @@ class CachedRows:
         self.progress = [torch.zeros(7, dtype=torch.int64, device=device) for _ in tables]
         self.directories: list[CacheDirectory] = []
         self.stores: list[BackingStore] = []
+        self.stored_states: list[list[tuple[int, str]]] = []
         for t, table in enumerate(tables):
             lfu = table.config.algorithm == CacheAlgorithm.LFU
             directory = empty_directory(table.rows, num_sets[t], slots.spill[t], lfu=lfu, device=device)
             self.directories.append(directory._replace(statistics=self.progress[t][1:]))
             states = zip(slots.states[t], self._state_dtypes, strict=True)
             layout = [(state.shape[1], dtype) for state, dtype in states]
+            self.stored_states.append(layout)
             bits = table.config.bits if table.wide_rows is None else table.wide_rows
             on_host = table.config.location == "host"
-            store = empty_store(bits, table.rows, table.dim, layout, device="cpu" if on_host else device)
-            if on_host and device.type == "cuda":
-                store = BackingStore(*(tensor.pin_memory() for tensor in store))
-            self.stores.append(store)
+            pinned = on_host and device.type == "cuda"
+            place = torch.device("cpu") if on_host else device
+            self.stores.append(empty_store(bits, table.rows, table.dim, layout, device=place, pin_memory=pinned))
 
     @torch.no_grad()
     def take_slots(
@@ -124,7 +126,6 @@ class CachedRows:
                 return None
             self._grow([int(n * SPILL_GROWTH) if n > s else s for n, s in zip(needed, self._slots.spill, strict=True)])
             found, moves, _ = self._assign(indices, per_table, batch, oldest_in_flight, dirty)
-        self._moving = True
         written = [(move.written_slots, move.written_rows) for move in moves]
         fetched = [(move.fetched_slots, move.fetched_rows) for move in moves]
         self._write_back(range(len(self._tables)), self._slots.values, self._slots.states, written, batch)
@@ -206,18 +207,27 @@ class CachedRows:
     def _assign(
         self, indices: Tensor, per_table: Sequence[int], batch: int, oldest_in_flight: int, dirty: bool
     ) -> tuple[Tensor, list[RowMoves], list[int]]:
-        return assign_cache_slots_(
-            self.directories,
-            indices,
-            per_table,
-            [table.rows for table in self._tables],
-            self._num_sets,
-            [table.first_row for table in self._tables],
-            self._seeds,
-            batch,
-            oldest_in_flight,
-            dirty,
-        )
+        # From here on directories may be ahead of the rows: an interrupt comes when the op returns.
+        self._moving = True
+        try:
+            found, moves, needed = assign_cache_slots_(
+                self.directories,
+                indices,
+                per_table,
+                [table.rows for table in self._tables],
+                self._num_sets,
+                [table.first_row for table in self._tables],
+                self._seeds,
+                batch,
+                oldest_in_flight,
+                dirty,
+            )
+        except Exception:  # before anything has changed
+            self._moving = False
+            raise
+        if not moves:
+            self._moving = False
+        return found, moves, needed
 
     def _write_back(
         self,
@@ -265,8 +275,14 @@ class CachedRows:
                     slot_counts=torch.cat([directory.slot_counts, directory.slot_counts.new_zeros(counted)]),
                 )
             )
-        self._slots.grow(spill)
+        self._moving = True
+        try:
+            self._slots.grow(spill)
+        except Exception:  # before anything has changed
+            self._moving = False
+            raise
         self.directories, self.wanted_spill = grown, spill
+        self._moving = False
 
 
 def _empty(directory: CacheDirectory, leaving: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A table-batched embedding (TBE) whose rows live in low precision, with a full-precision cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -177,14 +178,11 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self._read_only(indices, offsets, per_sample_weights, bags, batch_size_per_feature_per_rank)
         slots, batch = self.slots(indices, offsets, bags)
-        try:
+        with self.ended_by_an_error(batch):
             output = self._slots(
                 slots, offsets, per_sample_weights, feature_requires_grad, batch_size_per_feature_per_rank, **kwargs
             )
             return self._in_flight.until_backward(output, batch)
-        except BaseException:
-            self._in_flight.end(batch)
-            raise
 
     def slots(self, indices: Tensor, offsets: Tensor, bags_per_feature: Sequence[int]) -> tuple[Tensor, int]:
         """The slots of a batch to be looked up in training, [N], and the batch's number. Raises as :meth:`forward`.
@@ -204,6 +202,15 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
                 "many, or drop the other forward's output"
             )
         return slots, self._in_flight.last
+
+    @contextmanager
+    def ended_by_an_error(self, batch: int) -> Iterator[None]:
+        """A batch of :meth:`slots` that is in flight no more if its lookup, in this block, raises."""
+        try:
+            yield
+        except BaseException:
+            self._in_flight.end(batch)
+            raise
 
     @property
     def slot_tbe(self) -> SplitTableBatchedEmbeddingBagsCodegen:
@@ -267,6 +274,8 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
         if self._rows.write_dirty(self._in_flight.last + 1):
             self._in_flight.last += 1  # the random numbers of this number are used up
         self._rows.forget_before(oldest)
+        if self.current_device.type == "cuda":  # the store in host memory is read by the host next
+            torch.cuda.current_stream(self.current_device).synchronize()
 
     def reset_cache_states(self) -> None:
         """Drop all cached rows without writing them back, as after the store was loaded.
@@ -280,6 +289,15 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
     def stores(self) -> list[BackingStore]:
         """Every table's rows, quantized; up to date after :meth:`flush` only."""
         return self._rows.stores
+
+    def stored_states(self, table: int) -> list[tuple[int, str]]:
+        """Elements a row of each optimizer state, and how the store holds them, a key of ``STATE_BYTES``."""
+        return self._rows.stored_states[table]
+
+    @property
+    def waits_for_backward(self) -> bool:
+        """Whether a batch was looked up and waits for its backward, so that rows cannot be set."""
+        return self._in_flight.waits_for_backward()
 
     def checkpoint_tensors(self, table: int) -> dict[str, Tensor]:
         """What a table is, after :meth:`flush`: training goes on from these bit for bit.
@@ -344,6 +362,7 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
     def _take_slots(self, indices: Tensor, per_table: list[int], *, dirty: bool) -> Tensor | None:
         """The slots of a batch's ids; the batch is in flight then."""
         batch = self._in_flight.last + 1
+        self._in_flight.forbid_repeats()  # the slots may be others' after this, even if it raises
         slots = self._rows.take_slots(indices, per_table, batch, self._in_flight.oldest(), dirty=dirty)
         if slots is not None:
             self._in_flight.start(batch)

@@ -80,6 +80,10 @@ class BatchesInFlight:
     def __bool__(self) -> bool:
         return bool(self._batches)
 
+    def waits_for_backward(self) -> bool:
+        """Whether a batch in flight was looked up already; prefetched ones may be dropped."""
+        return not self._batches <= {batch.number for batch in self.prefetched}
+
     def oldest(self) -> int:
         """The first batch in flight; the next batch if there is none."""
         return min(self._batches, default=self.last + 1)

@@ -22,7 +22,8 @@ class CachedTableSpec:
         first_column (int): of the shard in its table.
 
     Raises:
-        ValueError: naming the table, if it has no rows or too many, or ``wide_rows`` is for another number of rows.
+        ValueError: naming the table, if it has no rows or too many, a number of columns that is no multiple of 4, or
+            ``wide_rows`` is for another number of rows.
     """
 
     name: str
@@ -36,5 +37,7 @@ class CachedTableSpec:
     def __post_init__(self) -> None:
         if not 0 < self.rows < 2**31:
             raise ValueError(f"table {self.name} has {self.rows} rows here: 1 to 2^31 - 1 are possible")
+        if self.dim < 4 or self.dim % 4:
+            raise ValueError(f"table {self.name} has {self.dim} columns here: FBGEMM's TBE takes multiples of 4")
         if self.wide_rows is not None and self.wide_rows.shape != (self.rows,):
             raise ValueError(f"table {self.name} has {self.rows} rows, wide_rows is {list(self.wide_rows.shape)}")

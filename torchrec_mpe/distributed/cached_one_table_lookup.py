@@ -32,12 +32,13 @@ class CachedOneTableLookup:
             distinct, index, row_offsets = unique_ids(ids, offsets, bags, num_rows)
             return tbe(distinct, row_offsets), distinct, index, row_offsets
         slots, batch = tbe.slots(ids, offsets, bags)
-        # Made anew: the spill area may have grown.
-        rows, distinct, index, row_offsets = OneTableLookup(tbe.slot_tbe)(slots, offsets, bags_per_feature)
-        rows = tbe.until_backward(rows, batch)
-        ids_of_rows = torch.empty_like(distinct, dtype=ids.dtype)
-        ids_of_rows[index.long()] = ids
-        return rows, ids_of_rows, index, row_offsets
+        with tbe.ended_by_an_error(batch):
+            # Made anew: the spill area may have grown.
+            rows, distinct, index, row_offsets = OneTableLookup(tbe.slot_tbe)(slots, offsets, bags_per_feature)
+            rows = tbe.until_backward(rows, batch)
+            ids_of_rows = torch.empty_like(distinct, dtype=ids.dtype)
+            ids_of_rows[index.long()] = ids
+            return rows, ids_of_rows, index, row_offsets
 
 
 def one_table_lookup(tbe: Any) -> OneTableLookup | CachedOneTableLookup | None:

@@ -145,6 +145,7 @@ def empty_store(
     states: Sequence[tuple[int, str]] = (),
     *,
     device: torch.device | str | None = None,
+    pin_memory: bool = False,
 ) -> BackingStore:
     """A store whose rows are all zero.
 
@@ -154,6 +155,7 @@ def empty_store(
         dim (int): columns.
         states (Sequence[Tuple[int, str]]): of :class:`StoredRow`.
         device (Optional[torch.device]): where to put it.
+        pin_memory (bool): in page-locked host memory, for a CUDA device to read and write; device must be the CPU.
     """
     is_wide = torch.zeros(0, dtype=torch.int64)
     before = torch.zeros(0, dtype=torch.int32)
@@ -170,14 +172,14 @@ def empty_store(
         wide = rows if bits == 8 else 0
     row4, row8 = (StoredRow(b, dim, tuple(states)) for b in (4, 8))
     return BackingStore(
-        _zeros(rows - wide, row4.bytes, device),
-        _zeros(wide, row8.bytes, device),
-        is_wide.to(device),
-        before.to(device),
+        _zeros(rows - wide, row4.bytes, device, pin_memory),
+        _zeros(wide, row8.bytes, device, pin_memory),
+        is_wide.pin_memory() if pin_memory else is_wide.to(device),
+        before.pin_memory() if pin_memory else before.to(device),
     )
 
 
-def _zeros(rows: int, row_bytes: int, device: torch.device | str | None) -> Tensor:
-    if torch.device(device or "cpu").type == "cpu":
+def _zeros(rows: int, row_bytes: int, device: torch.device | str | None, pin_memory: bool) -> Tensor:
+    if torch.device(device or "cpu").type == "cpu" and not pin_memory:
         return zeros_in_huge_pages(rows, row_bytes)
-    return torch.zeros(rows, row_bytes, dtype=torch.uint8, device=device)
+    return torch.zeros(rows, row_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
