@@ -4,18 +4,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 import torchrec_mpe as mpe
+from tests.distributed import cached_cases
 from tests.distributed.cached_cases import (
     ADAGRAD,
     INITIALIZATION,
     LFU,
+    ROWWISE,
     SGD,
+    SMALL,
     WHOLE,
     Case,
     Model,
@@ -191,7 +197,17 @@ REFUSED = [
     (Case((TW,)), Case((CW,)), "t0.weight is cached in column shards [8, 8] here and [16] when saved"),
     (Case((TW,)), Case((TW,), uncached=("t1",)), "t1.weight is not cached here and was when saved"),
     (Case((TW,), uncached=("t1",)), Case((TW,)), "t1.weight is cached here and was not when saved"),
-    (Case((TW,)), Case((TW,), optimizer=ADAGRAD), "t0.rows8 has shape"),
+    (
+        Case((TW,)),
+        Case((TW,), optimizer=ADAGRAD),
+        "t0.weight is cached, and its stored rows hold their optimizer state, 32 bytes a row here "
+        "(exact_adagrad with 16 of bf16) and 1 when saved (exact_row_wise_adagrad with 1 of ue6m2)",
+    ),
+    (
+        Case((CW,)),
+        Case((CW,), cache=replace(SMALL, optimizer_state_dtype="bf16")),
+        "t0.weight is cached, and its stored rows hold their optimizer state, 4 bytes a row here",
+    ),
 ]
 
 
@@ -202,6 +218,96 @@ def test_refusals(saved: Case, loaded: Case, message: str, saving_ranks: Ranks, 
     saving_ranks.run(save, saved, str(tmp_path))
     for said in saving_ranks.run(what_is_said, loaded, str(tmp_path)):
         assert message in said
+
+
+def said_of(case: Case, folder: str, choice: Any) -> str:
+    return what_is_said(case, folder, optimizer_state=choice)
+
+
+def test_state_of_another_size_is_refused_in_any_case(saving_ranks: Ranks, tmp_path: Path) -> None:
+    saving_ranks.run(save, Case((TW,)), str(tmp_path))
+    for choice in (False, "where possible"):
+        for said in saving_ranks.run(said_of, Case((TW,), optimizer=SGD), str(tmp_path), choice):
+            assert "0 bytes a row here (exact_sgd with no state) and 1 when saved" in said
+            assert "cannot be loaded, with any optimizer_state" in said
+
+
+def narrow_tables(case: Case) -> list[EmbeddingBagConfig]:
+    """Tables of 4 columns: an fp32 state a row takes as many bytes as a 1-byte state an element."""
+    return [replace(table, embedding_dim=4) for table in tables(case)]
+
+
+def narrow(function: Any, *arguments: Any) -> Any:
+    with (
+        mock.patch.object(cached_cases, "tables", narrow_tables),
+        mock.patch.dict(cached_cases.KEYS, dict.fromkeys(cached_cases.KEYS, 4)),
+    ):
+        return function(*arguments)
+
+
+def states_are_empty(case: Case, folder: str) -> bool:
+    model = sharded(case)
+    checkpoints = mpe.Checkpoints(folder)
+    found = checkpoints.newest()
+    assert found is not None
+    checkpoints.load(model, None, found, optimizer_state="where possible")
+    stored = [t for part in model.module.ebc.cached_shards() for t in part.stored().values()]
+    assert any(t[:, :-4].any() for t in stored)
+    return not any(t[:, -4:].any() for t in stored)
+
+
+def test_state_of_another_optimizer_is_not_taken_for_its_own(saving_ranks: Ranks, tmp_path: Path) -> None:
+    here, there = (
+        Case((TW,), optimizer=optimizer, cache=replace(SMALL, optimizer_state_dtype=dtype))
+        for optimizer, dtype in ((ROWWISE, "fp32"), (ADAGRAD, "ue6m2"))
+    )
+    saving_ranks.run(narrow, save, here, str(tmp_path))
+    for said in saving_ranks.run(narrow, said_of, there, str(tmp_path), True):
+        for reason in ("t0.weight: ", "exact_row_wise_adagrad with 1 of fp32", "exact_adagrad with 4 of ue6m2"):
+            assert reason in said
+    assert all(saving_ranks.run(narrow, states_are_empty, there, str(tmp_path)))
+
+
+def turned_counts(case: Case) -> dict[str, Tensor]:
+    return {table: of_rows.flip(0) for table, of_rows in counts(case).items()}
+
+
+def said_under_another_plan(case: Case, folder: str) -> str:
+    """Of a plan with as many wide rows, but others."""
+    with mock.patch.object(cached_cases, "counts", turned_counts):
+        return what_is_said(case, folder)
+
+
+def test_another_precision_plan_is_refused(saving_ranks: Ranks, tmp_path: Path) -> None:
+    saving_ranks.run(save, MIXED, str(tmp_path))
+    for said in saving_ranks.run(said_under_another_plan, replace(MIXED, sharding=(RW,)), str(tmp_path)):
+        assert "t0.weight stores other rows in 8 bits here than when saved: give" in said and "precision plan" in said
+
+
+def load_with_a_loss_alive(case: Case, folder: str) -> None:
+    """Asserts on the ranks: nothing is loaded before the loss of a step that is given up is dropped."""
+    model = sharded(case)
+    train(model, case, 0, 2)
+    checkpoints = mpe.Checkpoints(folder)
+    checkpoints.save(model, step=2)
+    saved = state(model)
+    train(model, case, 2, 5)
+    pooled = model(local_batch(5, case)[0])
+    model.state_dict()  # rounds the rows
+    before = state(model)
+    found = checkpoints.newest()
+    assert found is not None
+    with pytest.raises(RuntimeError, match=r"tables .*t[0-3].* have a forward that waits .* drop .* `del loss`"):
+        checkpoints.load(model, None, found)
+    for (*_, values), (*_, expected) in zip(state(model)["rows"], before["rows"], strict=True):
+        np.testing.assert_allclose(values, expected, rtol=0, atol=0.01)
+    del pooled
+    checkpoints.load(model, None, found)
+    assert_same(state(model), saved, "after loading")
+
+
+def test_nothing_is_loaded_while_a_batch_is_in_flight(saving_ranks: Ranks, tmp_path: Path) -> None:
+    saving_ranks.run(load_with_a_loss_alive, Case((TW,)), str(tmp_path))
 
 
 def without_optimizer_state(case: Case, folder: str) -> list[bool]:

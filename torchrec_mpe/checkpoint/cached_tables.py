@@ -12,8 +12,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel, get_un
 
 from torchrec_mpe.distributed import ShardedCachedEmbeddingBagCollection
 from torchrec_mpe.distributed.cached_embedding_kernel import CACHED_KERNEL
-from torchrec_mpe.distributed.cached_state import CachedShard
-from torchrec_mpe.ops.cache_tensors import StoredRow
+from torchrec_mpe.distributed.cached_state import CachedShard, check_idle
+from torchrec_mpe.ops.cache_tensors import STATE_BYTES, StoredRow
 
 
 def cache_progress(model: nn.Module) -> dict[str, Tensor]:
@@ -76,37 +76,83 @@ def check_cached_tables(saved: Mapping[str, Mapping[str, Any]], here: Mapping[st
     """Make sure that stores fit the sharding that they are to be loaded into.
 
     Args:
-        saved, here (Mapping[str, Mapping[str, Any]]): tables, as describe_tables returns them.
+        saved, here (Mapping[str, Mapping[str, Any]]): all tables, as merge_descriptions returns them.
 
     Raises:
-        ValueError: naming the table, if it was cached and is not or the other way round, or its columns are sharded in
-            another way.
+        ValueError: naming the table, if it was cached and is not or the other way round, its columns are sharded in
+            another way, other rows have 8 bits, or its rows' optimizer state has another size.
     """
     for name, table in saved.items():
-        if _is_cached(table) and not here:
+        if is_cached(table) and not here:
             raise ValueError(
                 f"{name} was cached when saved: load it into a CachedEmbeddingBagCollection that is sharded"
             )
     for name, table in here.items():
         before = saved.get(name, table)
-        cached = [_is_cached(t) for t in (before, table)]
+        cached = [is_cached(t) for t in (before, table)]
         if cached[0] != cached[1]:
             raise ValueError(
                 f"{name} is {'' if cached[1] else 'not '}cached here and was {'' if cached[0] else 'not '}when saved: "
                 "quantized and fp32 rows are not loaded into each other, shard it as it was"
             )
-        if cached[1] and before["columns"] != table["columns"]:
+        if not cached[1]:
+            continue
+        if before["columns"] != table["columns"]:
             raise ValueError(
                 f"{name} is cached in column shards {table['columns']} here and {before['columns']} when saved, and "
                 "each column shard's rows have a scale of their own: load it into the same column shards"
             )
+        if before.get("wide_rows") != table["wide_rows"]:
+            raise ValueError(
+                f"{name} stores other rows in 8 bits here than when saved: give the CachedEmbeddingBagCollection the "
+                "precision plan that it was trained with"
+            )
+        sizes = [_state_bytes(t) for t in (before, table)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{name} is cached, and its stored rows hold their optimizer state, {sizes[1]} bytes a row here "
+                f"({optimizer_and_states(table)}) and {sizes[0]} when saved ({optimizer_and_states(before)}): rows of "
+                "another size cannot be loaded, with any optimizer_state; take the optimizer and optimizer_state_dtype "
+                "that saved it"
+            )
 
 
-def cached_plans(model: DistributedModelParallel) -> Iterator[tuple[str, Any]]:
-    """Parameter name and sharding of each cached table, the same on every rank."""
+def check_no_batch_in_flight(model: nn.Module) -> None:
+    """Make sure that rows may be set in all cached tables of this rank.
+
+    Raises:
+        RuntimeError: naming the tables, if one of their batches waits for its backward.
+    """
+    check_idle(shard for _, shard, _ in _cached_shards(model))
+
+
+def describe_stores(model: DistributedModelParallel) -> Iterator[tuple[str, dict[str, list[Any]]]]:
+    """Parameter name and ``state`` of each cached table of this rank: [elements a row, how they are stored] by name.
+
+    Where the columns are sharded, elements of whole rows are counted, or 1 for a state of one number a shard's row.
+    """
+    for path, collection in _collections(model):
+        columns = {table.name: table.embedding_dim for table in collection.embedding_bag_configs()}
+        for shard in collection.cached_shards():
+            states = shard.emb_module.stored_states(shard.table)
+            yield (
+                f"{path}embedding_bags.{shard.name}.weight",
+                {f"state{k}": [1 if n == 1 else columns[shard.name], how] for k, (n, how) in enumerate(states)},
+            )
+
+
+def optimizer_and_states(table: Mapping[str, Any]) -> str:
+    """The fused optimizer of a cached table, and how its states are stored, in words."""
+    states = " and ".join(f"{elements} of {dtype}" for elements, dtype in table["state"].values())
+    return f"{table['optimizer']} with {states or 'no state'}"
+
+
+def cached_plans(model: DistributedModelParallel) -> Iterator[tuple[str, Any, int | None]]:
+    """Parameter name, sharding and digest of wide rows of each cached table, the same on every rank."""
     for path, collection in _collections(model):
         for table in collection.cached_tables():
-            yield f"{path}embedding_bags.{table}.weight", collection.module_sharding_plan[table]
+            name = f"{path}embedding_bags.{table}.weight"
+            yield name, collection.module_sharding_plan[table], collection.wide_rows_digest(table)
 
 
 def _collections(model: nn.Module) -> Iterator[tuple[str, ShardedCachedEmbeddingBagCollection]]:
@@ -124,7 +170,14 @@ def _cached_shards(model: nn.Module) -> Iterator[tuple[str, CachedShard, set[tup
             yield f"{path}embedding_bags.{shard.name}.weight", shard, places
 
 
-def _is_cached(table: Mapping[str, Any]) -> bool:
+def _state_bytes(table: Mapping[str, Any]) -> int:
+    """Bytes of optimizer state in a row of a cached table; with column shards, of all shards' parts of it."""
+    parts = len(table["columns"])
+    return sum((parts if n == 1 else n) * STATE_BYTES[dtype] for n, dtype in table["state"].values())
+
+
+def is_cached(table: Mapping[str, Any]) -> bool:
+    """Whether a description is of a cached table."""
     return bool(table["compute_kernel"] == CACHED_KERNEL.value)
 
 

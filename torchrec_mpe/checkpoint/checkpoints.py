@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_mpe.checkpoint.cached_tables import check_no_batch_in_flight
 from torchrec_mpe.checkpoint.checkpoint import COUNTS_FILE, MANIFEST, PLAN_FILE, Checkpoint, write_manifest
 from torchrec_mpe.checkpoint.extra import as_json, check_extra, extra_state, set_extra
 from torchrec_mpe.checkpoint.folder import CheckpointFolder
@@ -252,6 +253,7 @@ class Checkpoints:
             checkpoint (Checkpoint): from :meth:`newest` or :meth:`complete`.
             optimizer_state (Union[bool, str]): True, the fused optimizers' state of every table; "where possible",
                 tables whose state cannot be moved to their sharding here start with an empty one; False, all tables do.
+                A cached table's stored rows hold their state, and are loaded only where it takes as many bytes.
             extra (Optional[Mapping[str, Stateful]]): as given to :meth:`save`, or some of it.
 
         Random number generators and buffers go on as they were, each rank's own. On another number of ranks generators
@@ -266,16 +268,20 @@ class Checkpoints:
             ValueError: if the checkpoint is of another phase, preparation, tables or optimizer, or with
                 ``optimizer_state=True`` the fused optimizer state of some tables, which are named, cannot be moved.
             KeyError: if the checkpoint has no ``extra`` of a name.
-            RuntimeError: if reading fails here or on another rank; the model is then neither old nor new.
+            RuntimeError: before anything is changed, naming the tables, if a forward of cached tables waits for its
+                backward: drop its output; or if reading fails here or on another rank: the model is then neither old
+                nor new.
         """
         self.wait()
         ranks = self._ranks
         extra = extra or {}
         reader = FileSystemReader(checkpoint.path)
         metadata = ranks.together(reader.read_metadata)
+        # First: making the state writes back only rows that no batch in flight has.
+        ranks.together(partial(check_no_batch_in_flight, model))
         state = ranks.together(partial(TrainingState, model, optimizer))
-        ranks.together(lambda: state.check_loadable(checkpoint, metadata))
         tables = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
+        ranks.together(lambda: state.check_loadable(checkpoint, metadata, tables))
         fresh = ranks.together(lambda: state.without_state(checkpoint, tables, optimizer_state))
         extra_tensors, _ = extra_state(extra)
         ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, metadata))

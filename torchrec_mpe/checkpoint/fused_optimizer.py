@@ -13,7 +13,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags
-from torchrec_mpe.checkpoint.cached_tables import cached_plans
+from torchrec_mpe.checkpoint.cached_tables import cached_plans, describe_stores, is_cached, optimizer_and_states
 from torchrec_mpe.distributed.cached_embedding_kernel import CachedFusedOptimizer
 
 
@@ -71,7 +71,8 @@ def describe_tables(model: DistributedModelParallel, state_dict: Mapping[str, Te
 
     Returns:
         Dict[str, Dict[str, Any]]: JSON values: ``sharding_type``, ``compute_kernel``, ``columns`` (the widths of its
-            column shards, first to last), ``optimizer`` (None without a fused one) and ``state`` (sizes by name).
+            column shards, first to last), ``optimizer`` (None without a fused one) and ``state`` (sizes by name); of a
+            cached table ``state`` is as :func:`describe_stores` has it, and ``wide_rows`` a digest or None.
     """
     tables: dict[str, dict[str, Any]] = {}
     for key in state_dict:
@@ -81,13 +82,15 @@ def describe_tables(model: DistributedModelParallel, state_dict: Mapping[str, Te
         module_plan = model.plan.plan.get(".".join(parts[:-3]), {})
         if parts[-2] in module_plan:
             tables[key] = _describe(module_plan[parts[-2]], global_size(state_dict[key])[1])
-    for name, sharding in cached_plans(model):
-        tables[name] = _describe(sharding, 0)  # always has a sharding spec
+    for name, sharding, wide_rows in cached_plans(model):
+        tables[name] = {**_describe(sharding, 0), "wide_rows": wide_rows}  # always has a sharding spec
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
         for parameter in parameters:
             tables[parameter]["optimizer"] = optimizer._emb_module.optimizer.value
     for parameter, tensors in model.fused_optimizer.state_dict()["state"].items():
         tables[parameter]["state"] = {name: list(global_size(tensor)) for name, tensor in tensors.items()}
+    for parameter, stored in describe_stores(model):
+        tables[parameter]["state"] = stored
     return tables
 
 
@@ -182,6 +185,8 @@ def _describe(sharding: ParameterSharding, embedding_dim: int) -> dict[str, Any]
 
 
 def _kind(table: Mapping[str, Any]) -> str:
+    if is_cached(table):
+        return f"{table['sharding_type']} and cached with {optimizer_and_states(table)} a row"
     return f"{table['sharding_type']} with {table['optimizer'] or 'no fused optimizer'}"
 
 

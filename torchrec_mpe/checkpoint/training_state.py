@@ -107,8 +107,15 @@ class TrainingState:
         """The tables' shardings, and the fused optimizers of those that have a shard on this rank."""
         return self._tables
 
-    def check_loadable(self, checkpoint: Checkpoint, metadata: Metadata) -> None:
+    def check_loadable(
+        self, checkpoint: Checkpoint, metadata: Metadata, tables: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         """Find out before anything is loaded whether a checkpoint is of a model like this one.
+
+        Args:
+            checkpoint (Checkpoint): to load.
+            metadata (Metadata): of its tensors.
+            tables (Mapping[str, Mapping[str, Any]]): of all ranks' :meth:`local_tables`.
 
         Raises:
             ValueError: if phase, preparation, tensors or their shapes, or the optimizer's parameter groups differ.
@@ -125,7 +132,7 @@ class TrainingState:
                     f"{name.removesuffix('.layout_digest')} was prepared with other counts, groups or bit-widths than "
                     "the checkpoint: call checkpoint.prepare_(model) before sharding it"
                 )
-        check_cached_tables(checkpoint.manifest["tables"], self._tables)
+        check_cached_tables(checkpoint.manifest["tables"], tables)
         stored = _sizes(metadata)
         here = self._of_model(0, checkpoint.manifest["local_buffers"])
         _refuse(sorted(here.keys() - stored.keys()), f"the model has, and the checkpoint {checkpoint.path} has not")

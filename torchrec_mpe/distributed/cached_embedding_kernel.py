@@ -1,5 +1,6 @@
 """TorchRec's embedding kernel over low-precision rows with a full-precision cache."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -143,6 +144,8 @@ class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Nothing: the stores are :class:`torchrec_mpe.distributed.cached_state.CachedState`'s."""
+        if self._emb_module.waits_for_backward:
+            gc.collect()  # rows of a graph that was dropped must not be written later, over a store that was loaded
         self.flush()
         return {} if destination is None else destination
 

@@ -11,7 +11,7 @@ from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
-from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D
 
 from torchrec_mpe.cache import CacheConfig, CacheStatistics
 from torchrec_mpe.distributed.cached_embedding_kernel import (
@@ -19,7 +19,7 @@ from torchrec_mpe.distributed.cached_embedding_kernel import (
     CachedEmbeddingBag,
     CachedPooledEmbeddingsLookup,
 )
-from torchrec_mpe.distributed.cached_state import CachedShard, CachedState
+from torchrec_mpe.distributed.cached_state import CachedShard, CachedState, wide_rows_digest
 from torchrec_mpe.distributed.embeddingbag import (
     QUANTIZED_KERNELS,
     MPEEmbeddingBagCollectionSharder,
@@ -45,7 +45,9 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
 
     The state dict has in place of a cached table's ``weight`` its quantized rows with their optimizer state: see
     :class:`torchrec_mpe.distributed.cached_state.CachedState`. Making it writes all cached rows back and empties the
-    caches. A ``weight`` of fp32 rows of a whole table may be loaded as well.
+    caches. A ``weight`` of fp32 rows of a whole table may be loaded as well. The rows in a state dict are the stores
+    themselves, to which loading any state dict first writes cached rows back: one that torch.distributed.checkpoint
+    is to load into must be made after the last training step, when no output waits for its backward.
 
     Args:
         module (CachedEmbeddingBagCollection): the unsharded collection.
@@ -54,6 +56,7 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
     Raises:
         ValueError: naming the table, for one that has a cache and is data-parallel, or has the cached kernel and no
             CacheConfig; and as ShardedMPEEmbeddingBagCollection.
+        NotImplementedError: under DMPCollection, which averages the TBEs of replicas.
     """
 
     quantized_kernels = (*QUANTIZED_KERNELS, CACHED_KERNEL.value)
@@ -67,6 +70,11 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
         device: torch.device | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(env, ShardingEnv2D) and module.cache_configs:
+            raise NotImplementedError(
+                f"tables {', '.join(module.cache_configs)} are cached, whose replicas hold different rows in their "
+                "slots: DMPCollection would average them; use DistributedModelParallel"
+            )
         for table in module.embedding_bag_configs():
             _refuse(table.name, module.cache_configs, table_name_to_parameter_sharding[table.name])
         # Before TorchRec makes the lookups.
@@ -143,6 +151,8 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
             across_ranks (bool): shards of all ranks, which all call it; by default this rank's.
         """
         tables = self.cached_tables()
+        if not tables:
+            return {}
         sums = dict.fromkeys(tables, CacheStatistics())
         for shard in self.cached_shards():
             sums[shard.name] += shard.emb_module.cache_statistics()[shard.table]
@@ -224,7 +234,12 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         super()._initialize_torch_state(skip_registering)
-        self._state = CachedState(self.cached_shards(), self.process_group)
+        if self._state is None:
+            found = {table: self._wide_rows_digest(table) for table in self.cached_tables()}
+            wide_rows = {table: digest for table, digest in found.items() if digest is not None}
+        else:
+            wide_rows = self._state.wide_rows
+        self._state = CachedState(self.cached_shards(), self.process_group, wide_rows)
         if not skip_registering:
             self._register_state_dict_hook(_add_stores)
 
@@ -235,29 +250,56 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
         prefix: str,
         *args: Any,
     ) -> None:
-        """Take the cached tables' stores, or fp32 rows of whole tables, out of a state dict that is being loaded."""
+        """Take the cached tables' stores, or fp32 rows of whole tables, out of a state dict that is being loaded.
+
+        A table is loaded with all that it has or not at all, and nothing is loaded unless everything fits.
+        """
         missing: list[str] = args[2]
         prefix_of_tables = f"{prefix}embedding_bags."
         assert self._state is not None
-        present = {name: state_dict.pop(f"{prefix_of_tables}{name}", None) for name in self._state.names()}
+        # Tables that are not loaded keep their rows, which may be in a cache that is emptied for another table.
+        self._state.flush()
+        weights: dict[str, Tensor] = {}
+        stores: dict[str, dict[str, Any]] = {}
         for table in self.cached_tables():
             weight = state_dict.pop(f"{prefix_of_tables}{table}.weight", None)
-            names = [name for name in present if name.rpartition(".")[0] == table]
+            found = {name: state_dict.pop(f"{prefix_of_tables}{name}", None) for name in self._state.names(table)}
             if weight is not None:
-                self._load_rows(table, weight)
-                for name in names:
-                    present.pop(name)
-            elif any(present[name] is None for name in names):
-                missing += [f"{prefix_of_tables}{name}" for name in names if present.pop(name) is None]
-        self._state.load(present)
+                weights[table] = weight
+            elif any(tensor is None for tensor in found.values()):
+                missing += [f"{prefix_of_tables}{name}" for name in found]
+            else:
+                stores[table] = found
+        self._check_weights(weights)
+        self._state.check(stores)
+        for table, weight in weights.items():
+            self._load_rows(table, weight)
+        self._state.load(stores)
         ShardedMPEEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
-    def _load_rows(self, table: str, weight: Any) -> None:
-        if type(weight) is not Tensor and not isinstance(weight, nn.Parameter):
-            raise ValueError(
-                f"table {table} is cached and cannot load fp32 rows that are sharded: give its whole weight, or the "
-                "rows4 and rows8 of a cached table"
-            )
+    def _wide_rows_digest(self, table: str) -> int | None:
+        return wide_rows_digest(self._wide_rows, table, self._table_name_to_config[table].num_embeddings)
+
+    def wide_rows_digest(self, table: str) -> int | None:
+        """What tells which rows of a cached table are stored in 8 bits; None if all rows have equally many."""
+        assert self._state is not None
+        return self._state.wide_rows.get(table)
+
+    def _check_weights(self, weights: dict[str, Tensor]) -> None:
+        for table, weight in weights.items():
+            if type(weight) is not Tensor and not isinstance(weight, nn.Parameter):
+                raise ValueError(
+                    f"table {table} is cached and cannot load fp32 rows that are sharded: give its whole weight, or "
+                    "the rows4 and rows8 of a cached table"
+                )
+            config = self._table_name_to_config[table]
+            if tuple(weight.shape) != (config.num_embeddings, config.embedding_dim):
+                raise ValueError(
+                    f"table {table} has {config.num_embeddings} rows of {config.embedding_dim} columns, its weight in "
+                    f"the state dict has shape {list(weight.shape)}"
+                )
+
+    def _load_rows(self, table: str, weight: Tensor) -> None:
         for shard in self.cached_shards():
             if shard.name == table:
                 for start in range(0, shard.rows, _ROWS_PER_CHUNK):
@@ -285,7 +327,7 @@ def _add_stores(
 ) -> None:
     """The state dict hook; the pre-hook has flushed."""
     assert module._state is not None
-    for name, tensor in module._state.sharded_tensors().items():
+    for name, tensor in module._state.tensors().items():
         destination[f"{prefix}embedding_bags.{name}"] = tensor
 
 
