@@ -7,6 +7,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.frequency.counts_of_table import counts_of_table
 
 _BISECTIONS = 100
 
@@ -38,23 +39,17 @@ def caches_from_frequencies(
         caches = caches_from_frequencies(counts, tables, CacheConfig(bits=4, load_factor=0.01))
         collection = CachedEmbeddingBagCollection(tables, device=meta, cache=caches)
     """
-    for table in tables:
-        if table.name not in counts:
-            raise KeyError(f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}")
-        if len(counts[table.name]) != table.num_embeddings:
-            raise ValueError(
-                f"table {table.name} has {table.num_embeddings} rows, its counts {len(counts[table.name])}"
-            )
+    lookups = [counts_of_table(counts, table) for table in tables]
     dims: list[int] = [table.embedding_dim for table in tables]
     budget = cache.load_factor * sum(table.num_embeddings * table.embedding_dim for table in tables)
 
     def rows_above(lookups_per_column: float) -> list[int]:
-        return [int((counts[t.name] > lookups_per_column * t.embedding_dim).sum()) for t in tables]
+        return [int((c > lookups_per_column * dim).sum()) for c, dim in zip(lookups, dims, strict=True)]
 
     def elements(rows: Sequence[float]) -> float:
         return float(sum(n * dim for n, dim in zip(rows, dims, strict=True)))
 
-    low, high = -1.0, max(float(counts[t.name].max()) / t.embedding_dim for t in tables)
+    low, high = -1.0, max(float(c.max()) / dim for c, dim in zip(lookups, dims, strict=True))
     for _ in range(_BISECTIONS):  # more rows than fit are above low, no more than fit above high
         middle = (low + high) / 2
         if elements(rows_above(middle)) > budget:

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.frequency.counts_of_table import counts_of_table
 from torchrec_mpe.frequency.groups import FeatureGroups, equal_groups, log_rank_groups
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
@@ -90,14 +91,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         """
         self._refuse_unsupported()
         for table in self.embedding_bag_configs():
-            if table.name not in counts:
-                raise KeyError(
-                    f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}"
-                )
-            if len(counts[table.name]) != table.num_embeddings:
-                raise ValueError(
-                    f"table {table.name} has {table.num_embeddings} rows, its counts {len(counts[table.name])}"
-                )
+            counts_of_table(counts, table)  # before the first quantizer is made
         quantizers: dict[int, RowQuantizer] = {}
         for dim, tables in _tables_by_dim(self.embedding_bag_configs()).items():
             quantizers[dim] = SearchQuantizer(

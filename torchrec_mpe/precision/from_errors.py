@@ -10,6 +10,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
+from torchrec_mpe.frequency.counts_of_table import counts_of_table
 from torchrec_mpe.frequency.groups import log_rank_bounds
 from torchrec_mpe.frequency.ranks import counts_sha256, frequency_ranks
 from torchrec_mpe.precision.allocate_bytes import allocate_under_budget, allocate_under_error, curves_of
@@ -129,12 +130,7 @@ def _lookups(table: EmbeddingBagConfig, rows: Mapping[str, RowSource], counts: M
         raise KeyError(f"no rows for table {table.name}; tables with rows: {', '.join(sorted(rows)) or 'none'}")
     if counts is None:
         return torch.ones(table.num_embeddings, dtype=torch.int64)
-    if table.name not in counts:
-        raise KeyError(f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}")
-    found = counts[table.name].cpu()
-    if len(found) != table.num_embeddings:
-        raise ValueError(f"table {table.name} has {table.num_embeddings} rows, its counts {len(found)}")
-    return found
+    return counts_of_table(counts, table).cpu()
 
 
 def _histograms(

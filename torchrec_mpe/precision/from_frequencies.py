@@ -11,6 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.frequency.counter import embedding_bag_configs
+from torchrec_mpe.frequency.counts_of_table import counts_of_table
 from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
 from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.packing import packed_bytes
@@ -39,13 +40,7 @@ class _RankedTables:
         self.ranks: dict[str, Tensor | None] = {}
         self.counts: dict[str, Tensor] = {}
         for table in tables:
-            if table.name not in counts:
-                raise KeyError(
-                    f"no counts for table {table.name}; counted tables: {', '.join(sorted(counts)) or 'none'}"
-                )
-            table_counts = counts[table.name].cpu()
-            if len(table_counts) != table.num_embeddings:
-                raise ValueError(f"table {table.name} has {table.num_embeddings} rows, its counts {len(table_counts)}")
+            table_counts = counts_of_table(counts, table).cpu()
             self.ranks[table.name] = frequency_ranks(table_counts)
             self.counts[table.name] = counts_by_rank(table_counts, self.ranks[table.name])
         self.digest = counts_sha256({t.name: counts[t.name] for t in tables})

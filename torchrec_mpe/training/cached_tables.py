@@ -6,14 +6,14 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags, CacheStatistics
-from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.distributed import ShardedCachedEmbeddingBagCollection
 from torchrec_mpe.ops.cache_tensors import StoredRow
 
 
 def cached_tbes(model: nn.Module) -> Iterator[CachedTableBatchedEmbeddingBags]:
     """Those of this rank, in a sharded model."""
     for collection in model.modules():
-        if isinstance(collection, ShardedMPEEmbeddingBagCollection):
+        if isinstance(collection, ShardedCachedEmbeddingBagCollection):
             for kernel in collection.kernels():
                 if isinstance(kernel.emb_module, CachedTableBatchedEmbeddingBags):
                     yield kernel.emb_module
@@ -22,9 +22,9 @@ def cached_tbes(model: nn.Module) -> Iterator[CachedTableBatchedEmbeddingBags]:
 def cache_statistics(model: nn.Module) -> dict[str, CacheStatistics]:
     """Counters by table, of this rank's shards."""
     found: dict[str, CacheStatistics] = {}
-    for tbe in cached_tbes(model):
-        for table, statistics in zip(tbe.tables, tbe.cache_statistics(), strict=True):
-            found[table.name] = found.get(table.name, CacheStatistics()) + statistics
+    for collection in model.modules():
+        if isinstance(collection, ShardedCachedEmbeddingBagCollection):
+            found.update(collection.cache_statistics())
     return found
 
 
