@@ -17,7 +17,7 @@ STRESS_SECONDS ?= 3
 
 .PHONY: setup demo test test-cpp bench lint format clean
 
-KERNELS := $(wildcard torchrec_mpe/kernels/cpu/*)
+KERNELS := $(wildcard kernels/cpu/*)
 
 setup: $(VENV)/.built
 
@@ -64,7 +64,7 @@ test-cpp:
 	$(CPP_TESTS)/cache_slots_test
 	$(CPP_TESTS)/stored_rows_test
 	$(CPP_TESTS_TSAN)/stored_rows_test
-	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus tests/kernels/cpu/corpus \
+	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus kernels/tests/corpus \
 		--last $(CPP_TESTS)/lookup_fuzz_input
 
 $(CPP_TESTS)/lookup_fuzz: $(CPP_TESTS)/lookup_fuzz_driver.o
@@ -75,13 +75,13 @@ $(CPP_TEST_PROGRAMS_TSAN): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS_TSAN)/%.o)
 	$(CXX) $(CPP_TEST_FLAGS) $(SANITIZER) $^ -o $@
 
 define compile_cpp_tests
-$(1)/%.o: torchrec_mpe/kernels/cpu/%.cpp
+$(1)/%.o: kernels/cpu/%.cpp
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CPP_TEST_FLAGS) $$(SANITIZER) -MMD -MP -c $$< -o $$@
 
-$(1)/%.o: tests/kernels/cpu/%.cpp
+$(1)/%.o: kernels/tests/%.cpp
 	@mkdir -p $$(@D)
-	$$(CXX) $$(CPP_TEST_FLAGS) $$(SANITIZER) -Wall -Wextra -Itorchrec_mpe/kernels/cpu -MMD -MP -c $$< -o $$@
+	$$(CXX) $$(CPP_TEST_FLAGS) $$(SANITIZER) -Wall -Wextra -Ikernels/cpu -MMD -MP -c $$< -o $$@
 endef
 $(foreach folder,$(CPP_TESTS) $(CPP_TESTS_TSAN),$(eval $(call compile_cpp_tests,$(folder))))
 
@@ -113,10 +113,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy torchrec_mpe
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output torchrec_mpe/kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info demo-output torchrec_mpe/ops/*.so

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = Path("torchrec_mpe/kernels/cpu")
+SOURCES = Path("kernels/cpu")
 
 
 def torch_extension() -> dict[str, object]:
@@ -41,7 +41,7 @@ def torch_extension() -> dict[str, object]:
     # milliseconds at every parallel region, of torch's own operators too: hence no -fopenmp when linking.
     openmp = ["-fopenmp"] if platform.system() == "Linux" else []
     extension = CppExtension(
-        "torchrec_mpe.kernels.libtorchrec_mpe",
+        "torchrec_mpe.ops.libtorchrec_mpe",
         [str(path) for path in sorted(SOURCES.glob("*.cpp"))],
         extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *openmp],
         extra_link_args=["-s"] if platform.system() == "Linux" else [],

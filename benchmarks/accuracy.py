@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torchrec_mpe.atomic import atomic_file
-from torchrec_mpe.data import PreparedDataset, prepare_criteo, prepare_csv, write_synthetic_log
-from torchrec_mpe.hardware import cpu_name
-from torchrec_mpe.precision import cut_precision
-from torchrec_mpe.training.methods import Job, Method, run_method, tables_and_counts
-from torchrec_mpe.training.process_group import process_group
-from torchrec_mpe.versions import installed_versions
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
+from torchrec_mpe.app.data.synthetic import write_synthetic_log
+from torchrec_mpe.app.hardware import cpu_name
+from torchrec_mpe.app.training.methods import Job, Method, run_method, tables_and_counts
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.precision.from_frequencies import cut_precision
+from torchrec_mpe.upstream.versions import installed_versions
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,13 @@ from measure import interleave, medians, ratio, versions, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_mpe.cache import CacheConfig, CacheStatistics
-from torchrec_mpe.data import PreparedDataset, prepare_csv
-from torchrec_mpe.text_table import text_table
-from torchrec_mpe.training.methods import Job, Method, run_method
-from torchrec_mpe.training.process_group import process_group
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.prepare_log import prepare_csv
+from torchrec_mpe.app.training.methods import Job, Method, run_method
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.statistics import CacheStatistics
+from torchrec_mpe.files.text_table import text_table
 
 SECTIONS = ("memory", "step", "hits", "auc")
 DIMS = (16, 64, 128)

@@ -16,7 +16,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from lookup import draw_ids
 from torch import Tensor, nn
 
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec, CacheStatistics
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.statistics import CacheStatistics
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 
 Batch = tuple[Tensor, Tensor]
 

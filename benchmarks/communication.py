@@ -30,8 +30,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
-from torchrec_mpe.frequency.groups import log_rank_bounds
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
+from torchrec_mpe.precision.from_frequencies import uniform_precision
+from torchrec_mpe.precision.groups import log_rank_bounds
 
 ID_BYTES = LENGTH_BYTES = SPLIT_BYTES = 8  # int64
 VALUE_BYTES = 4  # float32
@@ -220,7 +221,7 @@ def count_one_step(sharding: str, phase: str) -> tuple[dict[str, int], dict[str,
     if phase == "search":
         mpe.prepare_search_(model, counts)
     elif phase == "retrain":
-        widths = mpe.uniform_precision(configs, 4)
+        widths = uniform_precision(configs, 4)
         mpe.prepare_retrain_(model, replace(widths, candidate_bits=tuple(range(CANDIDATES)), zero_row="learned"))
     constraints = {c.name: ParameterConstraints(sharding_types=[sharding], min_partition=COLUMNS) for c in configs}
     local = int(os.environ["LOCAL_WORLD_SIZE"])

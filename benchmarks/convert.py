@@ -26,18 +26,21 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
-from torchrec_mpe.atomic import atomic_file
-from torchrec_mpe.convert import convert_checkpoint
-from torchrec_mpe.data import PreparedDataset, prepare_criteo, prepare_csv, write_synthetic_log
-from torchrec_mpe.hardware import cpu_name
-from torchrec_mpe.modules import PackedEmbeddingBagCollection
-from torchrec_mpe.packing import TableToPack, pack_tables
-from torchrec_mpe.precision import PrecisionPlan, precision_from_frequencies
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
+from torchrec_mpe.app.data.synthetic import write_synthetic_log
+from torchrec_mpe.app.hardware import cpu_name
+from torchrec_mpe.app.training.loop import evaluate
+from torchrec_mpe.app.training.methods import Job, Method, run_method, tables_and_counts
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.inference.convert.convert import convert_checkpoint
+from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.precision.from_frequencies import precision_from_frequencies
+from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.precision.row_errors import quantized_rows
-from torchrec_mpe.training.loop import evaluate
-from torchrec_mpe.training.methods import Job, Method, run_method, tables_and_counts
-from torchrec_mpe.training.process_group import process_group
-from torchrec_mpe.versions import installed_versions
+from torchrec_mpe.upstream.versions import installed_versions
 
 RATIOS = (4.0, 8.0, 16.0, 30.0)
 _SCALES = (9 + 16 + 1) * 4  # bytes of a table's own alpha, beta and their index, which the rule's plan counts once

@@ -27,7 +27,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
 
 DIM, DENSE, POOLING = 16, 13, 10
 FORMS = ("eager", "program", "aoti")

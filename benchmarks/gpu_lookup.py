@@ -134,8 +134,8 @@ class Lookups:
         return floor_bytes(sectors, starts.numel(), bags, bags * self.case.dim)
 
     def _add_packed(self, label: str, shares: Sequence[tuple[float, int]]) -> None:
-        from torchrec_mpe.ops import packed_embedding_bag
         from torchrec_mpe.ops.directory import Directory
+        from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 
         case, runs = self.case, ranked_runs(self.case.rows, self.case.dim, shares)
         tables, count = case.tables, len(runs.firsts)

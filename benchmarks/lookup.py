@@ -41,12 +41,14 @@ from measure import interleave, medians, ratio, versions, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_mpe import TableBitWidths
-from torchrec_mpe.ops import library, packed_embedding_bag
+from torchrec_mpe.files.text_table import text_table
+from torchrec_mpe.ops import library
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.packing import PackedTables, TableToPack, pack_tables
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.layout import END_PADDING
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.packing.packed_tables import PackedTables
 
 TABLES, BATCH, INDEX_SETS, HOT_IDS = 26, 2048, 4, 40
 DIMS = (16, 64, 128)

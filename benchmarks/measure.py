@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torchrec_mpe.hardware import cpu_name
+from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.ops import library
 
 

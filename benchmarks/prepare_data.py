@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torchrec_mpe.hardware import cpu_name
+from torchrec_mpe.app.hardware import cpu_name
 
 FULL_ROWS = 46_000_000
 BLOCK_ROWS = 100_000
@@ -96,7 +96,7 @@ def generate(path: Path, rows: int) -> None:
 
 def measure(path: Path, out: Path) -> dict[str, float]:
     """Prepare the log in this process, which must be a fresh one."""
-    from torchrec_mpe.data import prepare_criteo
+    from torchrec_mpe.app.data.prepare_log import prepare_criteo
 
     unit = 1 if sys.platform == "darwin" else 1024
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from measure import interleave, medians, ratio, versions, write_json
 from train_step import batches, build, step_of
 
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
 
 WORLD_SIZES = (1, 2, 4)
 SHARDINGS = ("table_wise", "row_wise")

@@ -18,8 +18,8 @@ import torch
 from measure import interleave, medians, ratio, versions, write_json
 from torch import Tensor
 
-from torchrec_mpe.ops import expected_quantization, fixed_quantization
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
+from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
 
 BITS = (0, 1, 2, 3, 4, 5, 6)
 TABLES, GROUPS = 26, 312

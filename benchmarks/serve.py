@@ -42,7 +42,7 @@ from measure import versions, write_json
 from serving_variants import NUM_DENSE, SHARE, VARIANTS, write_artifact
 from tqdm import tqdm
 
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
 
 LENGTH = 10
 ENVIRONMENT = {

@@ -43,7 +43,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from torchrec_mpe.distributed.local_counts import LocalCounts
-from torchrec_mpe.text_table import text_table
+from torchrec_mpe.files.text_table import text_table
 
 GOAL = 1.5
 COUNTING_GOAL = 0.02  # of a step

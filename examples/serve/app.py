@@ -148,7 +148,7 @@ def create_app(
 
         @app.post("/update")
         async def update(request: Request) -> JSONResponse:
-            """New values for rows: a file of torchrec_mpe.inference.save_delta. They last until the next reload."""
+            """New values for rows: a file of torchrec_mpe.save_delta. They last until the next reload."""
             body = await _read(request, max_body)
             try:
                 return JSONResponse(await asyncio.to_thread(model.update, body))

@@ -12,7 +12,7 @@ from batch import Inputs
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.inference import load_delta
+from torchrec_mpe.inference.delta import load_delta
 from torchrec_mpe.inference.hot_swap import ServedModel
 
 
@@ -63,7 +63,7 @@ class CurrentModel:
             self.inputs = new
 
     def update(self, delta: bytes) -> Mapping[str, dict[str, int]]:
-        """Write rows that :func:`torchrec_mpe.inference.save_delta` stored; lookups go on meanwhile.
+        """Write rows that :func:`torchrec_mpe.inference.delta.save_delta` stored; lookups go on meanwhile.
 
         Returns:
             Mapping[str, dict[str, int]]: by table, rows that were written, and rows of 0 bits that cannot be.

@@ -5,7 +5,7 @@
 // INPUTS is a folder with one file per input of the model, "<name>.bin": the tensor's elements as they lie in memory,
 // row by row. Outputs are written to the folder OUTPUTS in the same way, and their shapes printed. Names, dtypes and
 // shapes are in the model's metadata. LIBRARY... are the shared libraries with the operators that the model calls:
-// torchrec_mpe/kernels/libtorchrec_mpe.so for backend="packed"; asmjit.so, fbgemm.so, fbgemm_gpu_config.so and
+// torchrec_mpe/ops/libtorchrec_mpe.so for backend="packed"; asmjit.so, fbgemm.so, fbgemm_gpu_config.so and
 // fbgemm_gpu_tbe_inference.so of the fbgemm_gpu package for backend="fbgemm".
 #include <dlfcn.h>
 #include <fcntl.h>

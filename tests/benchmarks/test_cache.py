@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchrec_mpe.cache import CacheConfig
+from torchrec_mpe.cache.config import CacheConfig
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cache.py"
 

@@ -13,7 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
 from torchrec_mpe.ops.cache_tensors import WAYS
 from torchrec_mpe.ops.reference import stored_rows as reference
 from torchrec_mpe.ops.reference.lookup_counts import decode_counts

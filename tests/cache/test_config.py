@@ -6,8 +6,7 @@ import pytest
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 
-from torchrec_mpe.cache import CacheConfig
-from torchrec_mpe.cache.config import parse_cache_config
+from torchrec_mpe.cache.config import CacheConfig, parse_cache_config
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe.cache import CacheConfig, caches_from_frequencies
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.from_frequencies import caches_from_frequencies
 
 
 def tables(rows: Sequence[int], dims: Sequence[int]) -> list[EmbeddingBagConfig]:

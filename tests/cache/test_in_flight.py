@@ -10,9 +10,12 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec, cached_rows
+from torchrec_mpe.cache import cached_rows
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.in_flight import BatchesInFlight, PrefetchedBatch, versions
 from torchrec_mpe.cache.slot_tbe import SlotTBE
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.ops.backends import use_backend
 
 ROWS = 200

@@ -10,7 +10,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 
 from tests.cache.plain_model import plain_tbe, states_of
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 
 TABLES = [(1, 8), (500, 8), (70, 16)]
 MAPS = [0, 1, 1, 2]

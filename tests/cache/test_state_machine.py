@@ -21,7 +21,10 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from tests.cache.plain_model import PlainModel, Write
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec, cached_rows
+from torchrec_mpe.cache import cached_rows
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.ops.cache_slots import assign_cache_slots_
 from torchrec_mpe.ops.stored_rows import read_stored_rows_, write_stored_rows_
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from torchrec_mpe.cache import CacheStatistics
+from torchrec_mpe.cache.statistics import CacheStatistics
 
 
 def test_sums_differences_and_the_hit_rate() -> None:

@@ -19,12 +19,15 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import torchrec_mpe as mpe
+from torchrec_mpe.distributed.cached_embeddingbag import ShardedCachedEmbeddingBagCollection
+from torchrec_mpe.precision.from_frequencies import cut_precision
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 SGD, ADAGRAD, ROWWISE = EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD
 LRU, LFU = CacheAlgorithm.LRU, CacheAlgorithm.LFU
 GLOBAL_BATCH = 16
 SHARD_COLUMNS = 8
-INITIALIZATION = mpe.RowInitialization(seed=4, std=0.1)
+INITIALIZATION = RowInitialization(seed=4, std=0.1)
 SMALL = mpe.CacheConfig(bits=8, load_factor=0.25)
 WHOLE = mpe.CacheConfig(bits=8, load_factor=1.0)
 
@@ -88,7 +91,7 @@ def counts(case: Case) -> dict[str, Tensor]:
 
 
 def precision(case: Case) -> mpe.PrecisionPlan:
-    return mpe.cut_precision(counts(case), tables(case), 6, 0.5, initialization=INITIALIZATION)
+    return cut_precision(counts(case), tables(case), 6, 0.5, initialization=INITIALIZATION)
 
 
 class Model(nn.Module):
@@ -205,7 +208,7 @@ def shards(model: DistributedModelParallel) -> Iterator[tuple[str, int, int, np.
     ebc = model.module.ebc
     for table, row, column, values in ebc.local_shards():
         yield table, row, column, values.detach().numpy().copy()
-    if isinstance(ebc, mpe.ShardedCachedEmbeddingBagCollection):
+    if isinstance(ebc, ShardedCachedEmbeddingBagCollection):
         for part in ebc.cached_shards():
             yield part.name, part.first_row, part.first_column, part.read(0, part.rows).numpy()
 

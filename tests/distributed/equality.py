@@ -22,13 +22,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from tests.distributed.fused_optimizer import RowOptimizer
+from torchrec_mpe.precision.from_frequencies import cut_precision
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 LEARNING_RATE = 0.1
 EPS = 0.01  # of Adagrad; a small one would make a step of any size out of rounding errors
 GLOBAL_BATCH = 8
 EVALUATION = 9  # the step whose batch is only evaluated
 SHARD_COLUMNS = 4  # columns of a shard of column-wise and grid sharding
-INITIALIZATION = mpe.RowInitialization(seed=2, std=0.5)
+INITIALIZATION = RowInitialization(seed=2, std=0.5)
 
 TW, RW, CW, TWRW, TWCW, GRID, DP = (
     ShardingType.TABLE_WISE.value,
@@ -181,7 +183,7 @@ def prepare(model: nn.Module, case: Case) -> nn.Module:
         mpe.prepare_search_(model, counts, config)
     elif case.phase == "retrain":
         # At 1 bit many values lie outside the code range, where beta has a gradient.
-        plan = mpe.cut_precision(counts, tables(case), 1, 0.5, initialization=INITIALIZATION)
+        plan = cut_precision(counts, tables(case), 1, 0.5, initialization=INITIALIZATION)
         mpe.prepare_retrain_(model, plan)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -29,6 +29,7 @@ from tests.distributed.cached_cases import (
 )
 from tests.distributed.equality import CW, DP, GRID, RW, TW, TWCW, TWRW
 from tests.distributed.ranks import Ranks
+from torchrec_mpe.distributed.cached_embeddingbag import ShardedCachedEmbeddingBagCollection
 
 STEPS = 6
 
@@ -335,7 +336,7 @@ def sharded_by(table: str, sharding_type: str, kernel: str, cached: tuple[str, .
     case = Case((TW,), uncached=tuple(t.name for t in tables(Case((TW,))) if t.name not in cached))
     plan = {t.name: ParameterSharding(TW, "fused", [0]) for t in tables(case)}
     plan[table] = ParameterSharding(sharding_type, kernel, [0])
-    mpe.ShardedCachedEmbeddingBagCollection(Model(case).ebc, plan, env=None)  # type: ignore[arg-type]
+    ShardedCachedEmbeddingBagCollection(Model(case).ebc, plan, env=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", ["dense", "customized_kernel"])
@@ -352,7 +353,7 @@ def test_a_cached_kernel_without_cache_is_refused() -> None:
 def test_replicas_that_average_their_tbes_are_refused() -> None:
     env = object.__new__(ShardingEnv2D)
     with pytest.raises(NotImplementedError, match=r"tables t0, .* are cached, whose replicas hold different rows"):
-        mpe.ShardedCachedEmbeddingBagCollection(Model(Case((TW,))).ebc, {}, env)
+        ShardedCachedEmbeddingBagCollection(Model(Case((TW,))).ebc, {}, env)
 
 
 def statistics_without_caches() -> dict[str, Any]:

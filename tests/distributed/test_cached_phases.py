@@ -26,7 +26,8 @@ from tests.distributed.cached_cases import (
 from tests.distributed.equality import CW, RW, TW
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_cached_pipelines import variable_batch
-from torchrec_mpe.modules import Phase
+from torchrec_mpe.modules.embedding_bag_collection import Phase
+from torchrec_mpe.precision.from_frequencies import cut_precision
 
 STEPS = 3
 CONFIG = mpe.SearchConfig(num_groups=4, temperature=0.5, initialization=INITIALIZATION)
@@ -80,9 +81,7 @@ def phases(model: DistributedModelParallel, other: DistributedModelParallel, cas
     same(train(model, case, 0), train(other, case, 0), "search")
     same(*([out] for out in evaluated()), "evaluation")
     assert mpe.sample_precision(model).tables == mpe.sample_precision(other).tables
-    plan = mpe.cut_precision(
-        counts(case), model.module.ebc.embedding_bag_configs(), 4, 0.3, initialization=INITIALIZATION
-    )
+    plan = cut_precision(counts(case), model.module.ebc.embedding_bag_configs(), 4, 0.3, initialization=INITIALIZATION)
     for m in (model, other):
         mpe.prepare_retrain_(m, plan)
     initial = {tuple(key): values for *key, values in shards(other)}

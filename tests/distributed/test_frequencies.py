@@ -29,6 +29,7 @@ from tests.distributed.equality import (
     tables,
 )
 from tests.distributed.ranks import Ranks
+from torchrec_mpe.distributed.frequencies import TrackedFrequencies
 
 STEPS = 3
 TWO_RANKS = [
@@ -41,7 +42,7 @@ TWO_RANKS = [
 FOUR_RANKS = [Case((TWRW,)), Case((TWCW,), phase="plain"), Case((GRID,))]
 
 
-def _tracked(case: Case) -> tuple[nn.Module, mpe.TrackedFrequencies]:
+def _tracked(case: Case) -> tuple[nn.Module, TrackedFrequencies]:
     model = shard(prepared_model(case), case)
     enter(model, case)
     return model, mpe.track_frequencies_(model)

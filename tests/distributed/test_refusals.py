@@ -9,6 +9,8 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 import torchrec_mpe as mpe
 from tests.distributed.equality import DP, GRID, RW, TW, Case, Head, prepared_model, shard, tables
 from tests.distributed.ranks import Ranks
+from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.precision.from_frequencies import uniform_precision
 
 
 def message_of_sharding(case: Case) -> str:
@@ -26,11 +28,11 @@ def test_grid_with_mean(phase: str, four_ranks: Ranks) -> None:
         assert message.startswith("table t1 has mean pooling") and "use another sharding type for it" in message
 
 
-def sharded(case: Case, table: str, sharding_type: str, kernel: str) -> mpe.ShardedMPEEmbeddingBagCollection:
+def sharded(case: Case, table: str, sharding_type: str, kernel: str) -> ShardedMPEEmbeddingBagCollection:
     """A collection sharded by a plan that a user wrote, one table unlike the others; refusals come before any group."""
     plan = {t.name: ParameterSharding(TW, "fused", [0]) for t in tables(case)}
     plan[table] = ParameterSharding(sharding_type, kernel, [0])
-    return mpe.ShardedMPEEmbeddingBagCollection(prepared_model(case).ebc, plan, env=None)
+    return ShardedMPEEmbeddingBagCollection(prepared_model(case).ebc, plan, env=None)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "fused_uvm", "fused_uvm_caching"])
@@ -54,7 +56,7 @@ def test_weighted_mean() -> None:
     with pytest.raises(ValueError, match=expected):
         mpe.prepare_search_(Head(case), counts)
     with pytest.raises(ValueError, match=expected):
-        mpe.prepare_retrain_(Head(case), mpe.uniform_precision(tables(case), 4))
+        mpe.prepare_retrain_(Head(case), uniform_precision(tables(case), 4))
     with pytest.raises(ValueError, match=r"table t3 has mean pooling in a weighted collection: .* use sum pooling"):
         sharded(case, "t0", TW, "fused")
 
@@ -68,7 +70,7 @@ def test_data_types(data_type: DataType) -> None:
     with pytest.raises(ValueError, match=f"table t has data type {data_type.value}: rows are trained in FP32"):
         mpe.prepare_search_(model, {"t": torch.ones(4, dtype=torch.int64)})
     with pytest.raises(ValueError, match=f"table t has data type {data_type.value}: rows are trained in FP32"):
-        mpe.prepare_retrain_(model, mpe.uniform_precision([table], 4))
+        mpe.prepare_retrain_(model, uniform_precision([table], 4))
 
 
 def test_stock_sharders_find_nothing_to_shard() -> None:

@@ -22,6 +22,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import torchrec_mpe as mpe
 from tests.distributed.ranks import Ranks
+from torchrec_mpe.distributed.embeddingbag import MPEEmbeddingBagCollectionSharder, ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.precision.from_frequencies import cut_precision
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 if "torchrec.distributed.tests" not in sys.modules:
     absent = types.ModuleType("torchrec.distributed.tests.test_sequence_model")
@@ -32,7 +35,7 @@ if "torchrec.distributed.tests" not in sys.modules:
 from torchrec.distributed.test_utils import test_model_parallel, test_model_parallel_base, test_sharding
 
 
-class Sharder(TestEBCSharder, mpe.MPEEmbeddingBagCollectionSharder):  # type: ignore[misc]
+class Sharder(TestEBCSharder, MPEEmbeddingBagCollectionSharder):  # type: ignore[misc]
     """One sharding type and one kernel, as TorchRec's TestEBCSharder.
 
     Attributes:
@@ -47,11 +50,11 @@ class Sharder(TestEBCSharder, mpe.MPEEmbeddingBagCollectionSharder):  # type: ig
 
     def shard(
         self, module: mpe.MPEEmbeddingBagCollection, params: dict[str, ParameterSharding], *args: Any, **kwargs: Any
-    ) -> mpe.ShardedMPEEmbeddingBagCollection:
+    ) -> ShardedMPEEmbeddingBagCollection:
         self.collections += 1
         for sharding in params.values():
             sharding.compute_kernel = self._kernel_type
-        return mpe.MPEEmbeddingBagCollectionSharder.shard(self, module, params, *args, **kwargs)
+        return MPEEmbeddingBagCollectionSharder.shard(self, module, params, *args, **kwargs)
 
 
 def create_sharder(sharder_type: str, sharding_type: str, kernel_type: str, *args: Any, **kwargs: Any) -> Sharder:
@@ -68,7 +71,7 @@ def _counts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {t.name: torch.arange(t.num_embeddings).flip(0) for t in configs}
 
 
-_INITIALIZATION = mpe.RowInitialization(seed=3, std=0.5)
+_INITIALIZATION = RowInitialization(seed=3, std=0.5)
 
 
 class SearchSparseNN(test_model.TestSparseNN):  # type: ignore[misc]
@@ -86,7 +89,7 @@ class RetrainSparseNN(test_model.TestSparseNN):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         counts = _counts(self)
-        mpe.prepare_retrain_(self, mpe.cut_precision(counts, self, 1, 0.5, initialization=_INITIALIZATION))
+        mpe.prepare_retrain_(self, cut_precision(counts, self, 1, 0.5, initialization=_INITIALIZATION))
 
 
 MODELS = {"plain": test_model.TestSparseNN, "search": SearchSparseNN, "retrain": RetrainSparseNN}

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "cache.md"
 SWAP_IN, COUNTERS, FORMULA = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)

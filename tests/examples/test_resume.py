@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import torchrec_mpe as mpe
-from tests.launch.jobs import TORCHRUN, RunningJob
+from tests.app.launch.jobs import TORCHRUN, RunningJob
 
 # Jobs are started anew several times: on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(600)

@@ -25,7 +25,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
-from torchrec_mpe.inference import save_delta
+from torchrec_mpe.inference.delta import save_delta
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 
 pytest.importorskip("fastapi", reason="pip install torchrec-mpe[serve]")
 
@@ -45,7 +46,7 @@ def _write(folder: Path, rows: dict[str, int], seed: int) -> None:
     """A packed model with rows of 8, 3 and 0 bits."""
     torch.manual_seed(seed)
     model = _network(rows)
-    widths = {f"t_{f}": mpe.TableBitWidths(n, 8, (0, n // 2, n - 2, n), (8, 3, 0), None) for f, n in rows.items()}
+    widths = {f"t_{f}": TableBitWidths(n, 8, (0, n // 2, n - 2, n), (8, 3, 0), None) for f, n in rows.items()}
     mpe.prepare_retrain_(model, mpe.PrecisionPlan(widths, tuple(range(9))))
     with torch.no_grad():
         for parameter in model.sparse_arch.parameters():

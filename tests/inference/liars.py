@@ -12,8 +12,8 @@ from torch import Tensor
 
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained
-from torchrec_mpe.digest import file_sha256
-from torchrec_mpe.inference.manifest import manifest_sha256
+from torchrec_mpe.files.digest import file_sha256
+from torchrec_mpe.inference.artifact.manifest import manifest_sha256
 
 TABLES = "tables-0-0.safetensors"
 

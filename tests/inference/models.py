@@ -6,6 +6,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 
 WIDTH = 17  # of the pooled output
 
@@ -29,7 +30,7 @@ def retrained(weighted: bool = False) -> mpe.MPEEmbeddingBagCollection:
     model = mpe.MPEEmbeddingBagCollection(tables(weighted), is_weighted=weighted)
     g = torch.Generator().manual_seed(0)
     widths = {
-        t.name: mpe.TableBitWidths(
+        t.name: TableBitWidths(
             t.num_embeddings,
             t.embedding_dim,
             (*range(9), t.num_embeddings),

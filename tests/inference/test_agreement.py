@@ -18,7 +18,8 @@ from tests.distributed.test_train_pipelines import Batch, Task
 from tests.inference.models import kjt, retrained
 from torchrec_mpe.inference import emit
 from torchrec_mpe.inference.probe import draw_probe, probe_ids
-from torchrec_mpe.packing import PackedTables
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.packed_tables import PackedTables
 
 DIRECTORY = {"t1": "bitmap", "t2": "ranked", "t3": "nibble"}
 
@@ -121,13 +122,13 @@ def test_drawn_batch_reaches_every_kind_of_row() -> None:
 
 def test_drawn_ids_of_large_tables() -> None:
     """Both ends of every run; of thousands of runs, some and every bit-width."""
-    few = mpe.TableBitWidths(10**6, 8, (0, 7, 5000, 10**6), (6, 2, 0))
+    few = TableBitWidths(10**6, 8, (0, 7, 5000, 10**6), (6, 2, 0))
     assert {0, 6, 7, 4999, 5000, 10**6 - 1} <= set(probe_ids(few).tolist())
-    many = mpe.TableBitWidths(30_000, 8, tuple(range(0, 30_001, 3)), (*(1 + k % 2 for k in range(9_999)), 7))
+    many = TableBitWidths(30_000, 8, tuple(range(0, 30_001, 3)), (*(1 + k % 2 for k in range(9_999)), 7))
     ids = probe_ids(many)
     assert len(ids) < 400 and set(many.of_rows()[ids].tolist()) == {1, 2, 7}
     ranks = torch.arange(3 * 2**20, dtype=torch.int32).flip(0)
-    mapped = mpe.TableBitWidths(3 * 2**20, 8, (0, 1, 2**20 + 5, 3 * 2**20), (5, 3, 0), ranks)
+    mapped = TableBitWidths(3 * 2**20, 8, (0, 1, 2**20 + 5, 3 * 2**20), (5, 3, 0), ranks)
     of_row = mapped.of_rows()
     expected = {int(end) for width in (5, 3, 0) for end in (of_row == width).nonzero().squeeze(1)[[0, -1]]}
     assert expected <= set(probe_ids(mapped).tolist()) and len(probe_ids(mapped)) < 50

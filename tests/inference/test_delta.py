@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchrec_mpe.inference import load_delta, save_delta
+from torchrec_mpe.inference.delta import load_delta, save_delta
 
 FORMAT = {"format": "torchrec_mpe.delta", "version": "1"}
 IDS, VALUES = torch.tensor([4, 9]), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 import torchrec_mpe as mpe
 from tests.distributed.ranks import run_on_ranks
+from torchrec_mpe.precision.from_frequencies import cut_precision
 
 ROWS, DIM = 25 << 15, 64
 FP32_MIB = ROWS * DIM * 4 >> 20
@@ -24,7 +25,7 @@ def _prepared(device: str) -> nn.Module:
     config = EmbeddingBagConfig(name="t", num_embeddings=ROWS, embedding_dim=DIM, feature_names=["f"])
     model = nn.ModuleDict({"ebc": mpe.MPEEmbeddingBagCollection([config], device=torch.device(device))})
     counts = torch.randint(0, 1000, (ROWS,), generator=torch.Generator().manual_seed(0))
-    mpe.prepare_retrain_(model, mpe.cut_precision({"t": counts}, [config], 3, 0.5))
+    mpe.prepare_retrain_(model, cut_precision({"t": counts}, [config], 3, 0.5))
     return model
 
 

@@ -16,7 +16,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained
 from tests.threads import repeat_in_threads
-from torchrec_mpe.inference import ServedModel, load, save
+from torchrec_mpe.inference.artifact.save_load import load, save
+from torchrec_mpe.inference.hot_swap import ServedModel
 
 
 class EmbeddingsAndLogits(Model):

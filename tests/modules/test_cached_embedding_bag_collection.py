@@ -13,7 +13,8 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
-from torchrec_mpe.training.process_group import process_group
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.precision.from_frequencies import cut_precision, uniform_precision
 
 META = torch.device("meta")
 
@@ -38,7 +39,7 @@ def test_caches_by_table() -> None:
 
 def test_wide_rows_are_those_above_four_bits() -> None:
     counts = {"t1": torch.arange(1000), "t2": torch.arange(1000)}
-    plan = mpe.cut_precision(counts, tables(), 6, 0.25)
+    plan = cut_precision(counts, tables(), 6, 0.25)
     collection = mpe.CachedEmbeddingBagCollection(tables(), device=META, precision=plan)
     wide = collection.wide_rows("t1", 700, 800)
     assert wide is not None and torch.equal(wide, torch.arange(700, 800) >= 750)
@@ -50,7 +51,7 @@ def test_refusals() -> None:
         mpe.CachedEmbeddingBagCollection(tables(), device=META, cache={"t3": mpe.CacheConfig()})
     with pytest.raises(ValueError, match="table t1 has data type FP16: the cache is for FP32"):
         mpe.CachedEmbeddingBagCollection(tables(data_type=DataType.FP16), device=META)
-    plan = mpe.uniform_precision(tables(num_embeddings=999), 4)
+    plan = uniform_precision(tables(num_embeddings=999), 4)
     with pytest.raises(ValueError, match="table t1 has 1000 rows, in the precision plan 999"):
         mpe.CachedEmbeddingBagCollection(tables(), device=META, precision=plan)
 

@@ -11,8 +11,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
-from torchrec_mpe.modules import Phase
-from torchrec_mpe.quantizer import RetrainQuantizer, SearchQuantizer
+from torchrec_mpe.modules.embedding_bag_collection import Phase
+from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, SearchQuantizer
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.precision.from_frequencies import uniform_precision
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 
 def tables(pooling: PoolingType = PoolingType.SUM) -> list[EmbeddingBagConfig]:
@@ -89,7 +92,7 @@ def test_prepared_phases_equal_a_loop(phase: str, pooling: PoolingType, weighted
     model = searching(pooling=pooling, w=weighted)
     if phase == "retrain":
         widths = {
-            t.name: mpe.TableBitWidths(t.num_embeddings, t.embedding_dim, (0, 2, 5, t.num_embeddings), (6, 2, 0))
+            t.name: TableBitWidths(t.num_embeddings, t.embedding_dim, (0, 2, 5, t.num_embeddings), (6, 2, 0))
             for t in tables()
         }
         mpe.prepare_retrain_(model, mpe.PrecisionPlan(widths, tuple(range(7))))
@@ -146,7 +149,7 @@ def test_empty_batch_and_empty_features() -> None:
 
 def test_search_starts_uniform_and_rows_start_anew() -> None:
     model = torch.nn.Sequential(EmbeddingBagCollection(tables()))
-    config = mpe.SearchConfig(num_groups=3, initialization=mpe.RowInitialization(seed=4, std=0.1))
+    config = mpe.SearchConfig(num_groups=3, initialization=RowInitialization(seed=4, std=0.1))
     assert mpe.prepare_search_(model, counts(), config) is model
     collection = model[0]
     assert isinstance(collection, mpe.MPEEmbeddingBagCollection) and collection.phase is Phase.SEARCH
@@ -217,10 +220,10 @@ def test_counts_and_plans_must_fit() -> None:
     with pytest.raises(KeyError, match="no counts for table t1"):
         mpe.prepare_search_(model, mpe.FrequencyCounter([]))
     with pytest.raises(KeyError, match="no bit-widths for table t1"):
-        mpe.prepare_retrain_(model, mpe.uniform_precision(tables()[1:], 4))
+        mpe.prepare_retrain_(model, uniform_precision(tables()[1:], 4))
     other = [EmbeddingBagConfig(name=t.name, num_embeddings=5, embedding_dim=4, feature_names=["f"]) for t in tables()]
     with pytest.raises(ValueError, match="table t1 is 10 x 4, in the precision plan it is 5 x 4"):
-        mpe.prepare_retrain_(model, mpe.uniform_precision(other, 4))
+        mpe.prepare_retrain_(model, uniform_precision(other, 4))
     with pytest.raises(ValueError, match="Linear holds no EmbeddingBagCollection"):
         mpe.prepare_search_(torch.nn.Linear(1, 1), counts())
     with pytest.raises(ValueError, match="say which initial values"):

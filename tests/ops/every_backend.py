@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torchrec_mpe.ops import library, use_backend
+from torchrec_mpe.ops import library
+from torchrec_mpe.ops.backends import use_backend
 
 _CAPABILITIES = ("scalar", "avx2", "avx512")
 CPU = [f"cpu-{name}" for name in _CAPABILITIES[: _CAPABILITIES.index(library.cpu_capability()) + 1]]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.ops.every_backend import ALL, on
 from tests.packing.random_tables import random_tables
-from torchrec_mpe.ops import packed_embedding_bag
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.packing import Directory, PackedTables
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
+from torchrec_mpe.packing.packed_tables import PackedTables
 
 DIM = 8
 INDICES = torch.tensor([1, -1, -5, 2, 10**9, -1, 0, 3, -(2**31)])

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tests.ops.every_backend import ALL, CPU, FAST, on
 from tests.packing.random_tables import random_tables
-from torchrec_mpe.ops import library, packed_embedding_bag
-from torchrec_mpe.packing import Directory, PackedTables
+from torchrec_mpe.ops import library
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
+from torchrec_mpe.packing.packed_tables import PackedTables
 
 KINDS = list(Directory)
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.every_backend import CPU, FAST, on
-from torchrec_mpe.ops import expected_quantization, fixed_quantization, triton_backend, use_backend
+from torchrec_mpe.ops import triton_backend
+from torchrec_mpe.ops.backends import use_backend
+from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
 
 ALL_BITS = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torchrec_mpe.ops import fixed_quantization, quantize_and_pack
+from torchrec_mpe.ops.quantization import fixed_quantization
+from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.reference.bitpack import unpack_codes
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops import library, update_rows_
+from torchrec_mpe.ops import library
 from torchrec_mpe.ops.backends import available_backends
+from torchrec_mpe.ops.update_rows import update_rows_
 
 BACKENDS = available_backends("update_rows_")
 

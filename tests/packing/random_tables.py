@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_mpe import TableBitWidths
-from torchrec_mpe.packing import Directory, PackedTables, TableToPack, pack_tables
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.packing.packed_tables import PackedTables
 
 ALPHA = torch.tensor([0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625])
 

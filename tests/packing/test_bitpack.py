@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_mpe.ops.reference.bitpack import row_bytes
-from torchrec_mpe.packing import pack_codes, unpack_codes
+from torchrec_mpe.ops.reference.bitpack import pack_codes, row_bytes, unpack_codes
 
 # Eight codes in a block, element j at bits [j * b, (j + 1) * b) of b little-endian bytes; written out by hand.
 BY_HAND = [

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.packing.test_validate import tables
-from torchrec_mpe.packing import Directory, validate_packed_tables
+from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.declared_layouts import declared_layouts
+from torchrec_mpe.packing.validate import validate_packed_tables
 
 
 def test_equal_to_what_is_read() -> None:

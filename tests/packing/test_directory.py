@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from tests.packing.random_tables import random_tables
 from tests.packing.test_packing import any_widths, to_pack
-from torchrec_mpe import TableBitWidths
-from torchrec_mpe.ops import packed_embedding_bag
-from torchrec_mpe.packing import Directory, pack_tables, packed_bytes, size_report, validate_packed_tables
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.choose_directory import choose_directory, feasible_directories
 from torchrec_mpe.packing.layout import lay_out_table
+from torchrec_mpe.packing.pack import pack_tables
+from torchrec_mpe.packing.size import packed_bytes, size_report
+from torchrec_mpe.packing.validate import validate_packed_tables
 
 DIMS = (1, 5, 8, 16, 20, 64, 129)
 KINDS = tuple(Directory)

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_mpe import TableBitWidths
-from torchrec_mpe.packing import TableToPack, pack_tables, packed_bytes, size_report, validate_packed_tables
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.packing.size import packed_bytes, size_report
+from torchrec_mpe.packing.validate import validate_packed_tables
 
 ALPHA = torch.tensor([0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625])
 

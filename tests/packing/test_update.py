@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.packing.random_tables import ALPHA
-from torchrec_mpe import TableBitWidths
-from torchrec_mpe.packing import PackedTables, TableToPack, UpdatedRows, pack_tables, update_packed_tables_
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.update import UpdatedRows, update_packed_tables_
 
 ROWS = 1000
 WIDTHS = {

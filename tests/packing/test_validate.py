@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from tests.packing.test_packing import to_pack
-from torchrec_mpe import TableBitWidths
+from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.locate import locate
-from torchrec_mpe.packing import Directory, PackedTables, pack_tables, validate_packed_tables
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import pack_tables
+from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.validate import validate_packed_tables
 
 RANKED, REMAP, NIBBLE, BITMAP, BOTH = range(5)  # tables of the fixture below
 

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe import TableBitWidths, precision_from_frequencies
-from torchrec_mpe.packing import TableToPack, pack_tables, packed_bytes, size_report
+from torchrec_mpe import precision_from_frequencies
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
+from torchrec_mpe.packing.size import packed_bytes, size_report
 from torchrec_mpe.precision.from_errors import PostTrainingPrecision, precision_from_errors
 
 

@@ -7,8 +7,8 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_mpe import cut_precision, precision_from_frequencies, uniform_precision
-from torchrec_mpe.precision.from_frequencies import _rule_segments
+from torchrec_mpe import precision_from_frequencies
+from torchrec_mpe.precision.from_frequencies import _rule_segments, cut_precision, uniform_precision
 
 
 def config(name: str, rows: int, dim: int = 16) -> EmbeddingBagConfig:

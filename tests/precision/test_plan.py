@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_mpe import PrecisionPlan, RowInitialization, TableBitWidths
+from torchrec_mpe import PrecisionPlan
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 
 def plan() -> PrecisionPlan:

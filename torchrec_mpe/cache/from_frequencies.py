@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.cache.config import CacheConfig
-from torchrec_mpe.frequency.counts_of_table import counts_of_table
+from torchrec_mpe.precision.counts_of_table import counts_of_table
 
 _BISECTIONS = 100
 

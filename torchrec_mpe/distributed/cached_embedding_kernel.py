@@ -18,7 +18,9 @@ from torchrec.distributed.embedding_types import (
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.cache import CacheConfig, CachedTableBatchedEmbeddingBags, CachedTableSpec
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, shard_offsets
 
 CACHED_KERNEL = EmbeddingComputeKernel.CUSTOMIZED_KERNEL

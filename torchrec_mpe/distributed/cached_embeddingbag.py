@@ -13,7 +13,8 @@ from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D
 
-from torchrec_mpe.cache import CacheConfig, CacheStatistics
+from torchrec_mpe.cache.config import CacheConfig
+from torchrec_mpe.cache.statistics import CacheStatistics
 from torchrec_mpe.distributed.cached_embedding_kernel import (
     CACHED_KERNEL,
     CachedEmbeddingBag,
@@ -28,9 +29,9 @@ from torchrec_mpe.distributed.embeddingbag import (
 from torchrec_mpe.distributed.quantized_forward import shard_offsets
 from torchrec_mpe.distributed.row_shard import RowShard
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
-from torchrec_mpe.frequency import FrequencyCounter
-from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
+from torchrec_mpe.precision.frequency_counter import FrequencyCounter
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 _ROWS_PER_CHUNK = 1 << 16
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value

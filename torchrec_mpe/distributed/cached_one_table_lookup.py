@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
 from torchrec_mpe.distributed.one_table_lookup import OneTableLookup, can_be_one_table
 from torchrec_mpe.ops.quantized_embedding_bag import unique_ids
 

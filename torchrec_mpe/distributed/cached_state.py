@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
-from torchrec_mpe.cache import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
 
 _WIDE_ROWS = "wide_rows_digest"
 _ROWS_PER_CHUNK = 1 << 20  # a multiple of 8

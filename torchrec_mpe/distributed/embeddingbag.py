@@ -30,9 +30,9 @@ from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
 from torchrec_mpe.distributed.row_shard import RowShard, TensorShard
 from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
-from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.modules import MPEEmbeddingBagCollection, Phase
-from torchrec_mpe.quantizer import RowQuantizer
+from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.modules.row_quantizer import RowQuantizer
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 # Kernels whose rows can be had unpooled, in the order of preference on a GPU.
 QUANTIZED_KERNELS = tuple(

@@ -12,7 +12,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
-from torchrec_mpe.frequency import FrequencyCounter
+from torchrec_mpe.precision.frequency_counter import FrequencyCounter
 
 
 class TrackedFrequencies:

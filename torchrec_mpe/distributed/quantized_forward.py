@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mpe.distributed.cached_one_table_lookup import one_table_lookup
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
-from torchrec_mpe.quantizer import RowQuantizer
+from torchrec_mpe.modules.row_quantizer import RowQuantizer
 
 
 def shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:

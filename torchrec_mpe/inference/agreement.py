@@ -11,8 +11,9 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
-from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection
+from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection
 
 TOLERANCE = 1e-5
 """Largest difference of an element, as a part of what rows can reach: max over bit-widths of ``alpha_b * 2**(b-1)``,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchrec_mpe.atomic import atomic_file
+from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.packing.update import TableRows
 
 _FORMAT = {"format": "torchrec_mpe.delta", "version": "1"}

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.distributed import ShardedMPEEmbeddingBagCollection
+from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.inference.agreement import check_agreement
+from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.inference.probe import draw_probe, probe_ids
-from torchrec_mpe.modules import MPEEmbeddingBagCollection, PackedEmbeddingBagCollection, Phase
-from torchrec_mpe.packing import TableToPack, directory_by_table, pack_tables
-from torchrec_mpe.quantizer import RetrainQuantizer
+from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.modules.row_quantizer import RetrainQuantizer
+from torchrec_mpe.packing.choose_directory import directory_by_table
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
 
 RowSource = Callable[[int, int], Tensor]
 Collection = MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection

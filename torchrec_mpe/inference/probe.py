@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.bit_widths import TableBitWidths
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.directory_lines import row_bits
 
 _CHUNK_ROWS = 1 << 20

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
-from torchrec_mpe.bit_widths import TableBitWidths
-from torchrec_mpe.cache import CacheConfig
+from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection
-from torchrec_mpe.precision import PrecisionPlan
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.precision.plan import PrecisionPlan
 
 
 class CachedEmbeddingBagCollection(MPEEmbeddingBagCollection):

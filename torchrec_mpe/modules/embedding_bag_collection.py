@@ -16,12 +16,13 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_mpe.bit_widths import TableBitWidths
-from torchrec_mpe.frequency.counts_of_table import counts_of_table
-from torchrec_mpe.frequency.groups import FeatureGroups, equal_groups, log_rank_groups
-from torchrec_mpe.initialization import RowInitialization
 from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
-from torchrec_mpe.quantizer import RetrainQuantizer, RowQuantizer, SearchConfig, SearchQuantizer
+from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, RowQuantizer, SearchQuantizer
+from torchrec_mpe.modules.search_config import SearchConfig
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.precision.counts_of_table import counts_of_table
+from torchrec_mpe.precision.groups import FeatureGroups, equal_groups, log_rank_groups
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 # 12 groups a table: with 32 most groups see too few lookups in an epoch for the search to tell them from noise.
 _DEFAULT_GROUPS = {"log_rank": 12, "paper": 128}

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchrec_mpe.quantizer import RowQuantizer
-from torchrec_mpe.quantizer.row_quantizer import Bags
+from torchrec_mpe.modules.row_quantizer import Bags, RowQuantizer
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def quantize_and_pool(
         quantizer (RowQuantizer): of the tables' embedding dimension.
         features (Sequence[FeatureLookup]): F features.
         row_map (Tensor): integer [rows of all tables or shards], what each row belongs to: see
-            :meth:`torchrec_mpe.quantizer.RowQuantizer.row_map`.
+            :meth:`torchrec_mpe.modules.row_quantizer.RowQuantizer.row_map`.
         rows (Tensor): [N, D], the rows of all features' ids, feature after feature.
         ids (Tensor): [N], int32 or int64, row ids of each feature's table or shard.
         offsets (Tensor): [bags + 1], int32 or int64, where each bag starts, feature after feature, counted from

@@ -26,8 +26,9 @@ def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
 
 def available_backends(op: str | None = None) -> list[str]:
     """Names of the backends that implement ``op``, or any op."""
-    tables = [_implementations.get(op, {})] if op is not None else list(_implementations.values())
-    return sorted({name for table in tables for name in table})
+    if op is not None:
+        return sorted(_implementations[op])
+    return sorted(name for name in BACKENDS if name != "cpu" or library.is_loaded())
 
 
 @contextmanager

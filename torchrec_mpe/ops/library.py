@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-import torchrec_mpe
-
-LIBRARY = Path(torchrec_mpe.__file__).parent / "kernels" / "libtorchrec_mpe.so"
+LIBRARY = Path(__file__).with_name("libtorchrec_mpe.so")
 """Loaded with ``torch.ops.load_library``, or ``dlopen`` in a C++ process: it registers ``torch.ops.torchrec_mpe``."""
 
 _BUILD = "build it with `pip install --no-build-isolation -e .` in a checkout, which takes g++ or clang++"

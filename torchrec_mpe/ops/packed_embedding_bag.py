@@ -53,7 +53,7 @@ def packed_embedding_bag(
     Args:
         weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets, directory_kinds, directory,
             directory_offsets, alpha, beta, beta_offsets, scale_index, zero_rows, zero_row_offsets (Tensor): the
-            tensors of :class:`torchrec_mpe.packing.PackedTables`, which draws their layout.
+            tensors of :class:`torchrec_mpe.packing.packed_tables.PackedTables`, which draws their layout.
         D_offsets (Sequence[int]): F + 1 columns, where each feature's output starts; the last is total_D.
         feature_table_map (Sequence[int]): F tables.
         pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.

@@ -37,7 +37,7 @@ def expected_embedding_bag(
     side_by_side: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.expected_quantization`.
+    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.quantization.expected_quantization`.
 
     Row n, of feature f, belongs to the group ``row_group[first_row[f] + ids[n]]`` and the table ``table[f]``. An id
     that is not in ``[0, num_rows[f])`` counts as 0, which is the row that FBGEMM reads for it. An empty bag is zeros.
@@ -57,7 +57,7 @@ def expected_embedding_bag(
             ids of the bag, weighted or not.
         row_group (Tensor): integer [rows of all tables], the feature group of each row.
         probabilities, alpha, beta, zero_rows, candidate_bits, gradient_scale: as in
-            :func:`torchrec_mpe.ops.expected_quantization`.
+            :func:`torchrec_mpe.ops.quantization.expected_quantization`.
         per_sample_weights (Optional[Tensor]): floating point [N].
         index (Optional[Tensor]): integer [N], where each id is among the distinct ones, counted from
             ``row_offsets[0]``; then ``rows`` is [U, D] and ``ids`` is [U].
@@ -126,7 +126,7 @@ def fixed_embedding_bag(
     side_by_side: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.fixed_quantization`.
+    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.quantization.fixed_quantization`.
 
     Args:
         row_candidate (Tensor): integer [rows of all tables], the index into ``candidate_bits`` of each row's bit-width.

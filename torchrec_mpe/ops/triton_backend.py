@@ -23,42 +23,42 @@ def _kernel(op: str, part: str = "", module: str = "") -> Callable[..., Any]:
             f"backend triton of op {op} needs Triton: install the release that your torch was built with, "
             "`pip install triton==3.6.0` for torch 2.11, `triton==3.7.0` for torch 2.13"
         ) from error
-    function: Callable[..., Any] = getattr(import_module(f"torchrec_mpe.kernels.triton.{module or op}"), op + part)
+    function: Callable[..., Any] = getattr(import_module(f"torchrec_mpe.ops.triton.{module or op}"), op + part)
     return function
 
 
 def packed_embedding_bag(*arguments: Any, **options: Any) -> Any:
-    """See :func:`torchrec_mpe.kernels.triton.packed_embedding_bag.packed_embedding_bag`."""
+    """See :func:`torchrec_mpe.ops.triton.packed_embedding_bag.packed_embedding_bag`."""
     return _kernel("packed_embedding_bag")(*arguments, **options)
 
 
 def expected_quantization(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.kernels.triton.expected_quantization.expected_quantization`."""
+    """See :func:`torchrec_mpe.ops.triton.expected_quantization.expected_quantization`."""
     return _kernel("expected_quantization")(*arguments)
 
 
 def fixed_quantization(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.kernels.triton.fixed_quantization.fixed_quantization`."""
+    """See :func:`torchrec_mpe.ops.triton.fixed_quantization.fixed_quantization`."""
     return _kernel("fixed_quantization")(*arguments)
 
 
 def quantize_and_pack(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.kernels.triton.quantize_and_pack.quantize_and_pack`."""
+    """See :func:`torchrec_mpe.ops.triton.quantize_and_pack.quantize_and_pack`."""
     return _kernel("quantize_and_pack")(*arguments)
 
 
 def assign_cache_slots_(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.kernels.triton.cache_slots.assign_cache_slots_`."""
+    """See :func:`torchrec_mpe.ops.triton.cache_slots.assign_cache_slots_`."""
     return _kernel("assign_cache_slots_", module="cache_slots")(*arguments)
 
 
 def write_stored_rows_(*arguments: Any) -> None:
-    """See :func:`torchrec_mpe.kernels.triton.stored_rows.write_stored_rows_`."""
+    """See :func:`torchrec_mpe.ops.triton.stored_rows.write_stored_rows_`."""
     _kernel("write_stored_rows_", module="stored_rows")(*arguments)
 
 
 def read_stored_rows_(*arguments: Any) -> None:
-    """See :func:`torchrec_mpe.kernels.triton.stored_rows.read_stored_rows_`."""
+    """See :func:`torchrec_mpe.ops.triton.stored_rows.read_stored_rows_`."""
     _kernel("read_stored_rows_", module="stored_rows")(*arguments)
 
 

@@ -21,7 +21,7 @@ def update_rows_(weights: Tensor, starts: Tensor, rows: Tensor, *, backend: str 
     rows are written in the order of the current stream.
 
     Args:
-        weights (Tensor): uint8 [P], contiguous, as :class:`torchrec_mpe.packing.PackedTables` has it.
+        weights (Tensor): uint8 [P], contiguous, as :class:`torchrec_mpe.packing.packed_tables.PackedTables` has it.
         starts (Tensor): int64 [n], the byte of ``weights`` where each row starts, no two alike.
         rows (Tensor): uint8 [n, bytes of a row], as :func:`quantize_and_pack` returns them.
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.

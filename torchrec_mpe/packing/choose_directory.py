@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from torchrec_mpe.bit_widths import TableBitWidths
 from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.layout import CollectionLayout, TableLayout, lay_out_table
 
 DIRECTORY_CHOICES = ("auto", "ranked", "remap", "nibble", "bitmap")

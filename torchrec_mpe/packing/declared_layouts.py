@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from torchrec_mpe.bit_widths import MAX_BITS
 from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import kept_rows
 from torchrec_mpe.packing.layout import Run, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.layout import TableLayout, stored_rank_shifts
 
 _CHUNK_ROWS = 1 << 20

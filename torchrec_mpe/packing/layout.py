@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 
 ALIGNMENT = 64
 """Bytes to whose multiple tables, runs and directories are aligned: a cache line, and the widest vector load."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.ops import quantize_and_pack
 from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.directory_lines import row_bits, write_directory
 from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout

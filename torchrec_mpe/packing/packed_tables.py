@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
+from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import count_widths, kept_rows
 from torchrec_mpe.packing.layout import Run, TableLayout
 

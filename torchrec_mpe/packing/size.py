@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
+from torchrec_mpe.files.text_table import text_table
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.layout import RUN_BYTES, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
-from torchrec_mpe.text_table import text_table
 
 _FP32 = 4
 _INT32 = 4

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS
-from torchrec_mpe.ops import quantize_and_pack, update_rows_
 from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.ops.reference.locate import locate
+from torchrec_mpe.ops.update_rows import update_rows_
+from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.layout import END_PADDING
 from torchrec_mpe.packing.packed_tables import PackedTables
 
@@ -36,7 +37,7 @@ class UpdatedRows:
 def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
     """Quantize rows with the tables' bit-widths, step sizes and offsets, and write them over the old ones.
 
-    On the CPU other threads may look up the tables meanwhile, see :func:`torchrec_mpe.ops.update_rows_`: each row is
+    On the CPU other threads may look up the tables meanwhile, see :func:`.ops.update_rows.update_rows_`: each row is
     found old or new, never half of each, but a lookup of several rows may find some of them old and others new. On
     CUDA the writes are ordered with other work of the current stream, and with no other stream. Memory beside the
     tables: some 40 bytes an id, and a few MiB of rows at a time.

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from torchrec_mpe.bit_widths import MAX_BITS
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.declared_layouts import declared_layouts
 from torchrec_mpe.packing.layout import ALIGNMENT, END_PADDING, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import set_bits
 from torchrec_mpe.packing.layout import TableLayout
-from torchrec_mpe.rank_segments import is_permutation
+from torchrec_mpe.packing.order_segments import is_permutation
 
 _CHUNK_LINES = 1 << 14
 

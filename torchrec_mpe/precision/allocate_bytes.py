@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS
-from torchrec_mpe.packing import packed_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS
+from torchrec_mpe.packing.size import packed_bytes
 from torchrec_mpe.precision.table_widths import KINDS, Allocation, TableCandidates
 
 _PRICES = 48

@@ -9,16 +9,15 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.frequency.counts_of_table import counts_of_table
-from torchrec_mpe.frequency.groups import log_rank_bounds
-from torchrec_mpe.frequency.ranks import counts_sha256, frequency_ranks
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.precision.allocate_bytes import allocate_under_budget, allocate_under_error, curves_of
-from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.precision.counts_of_table import counts_of_table
+from torchrec_mpe.precision.frequency_order import counts_sha256, frequency_ranks
+from torchrec_mpe.precision.groups import log_rank_bounds
+from torchrec_mpe.precision.plan import PrecisionPlan, ZeroRow
 from torchrec_mpe.precision.row_errors import RowErrors, quantized_rows
 from torchrec_mpe.precision.row_histograms import RowHistograms, RowSource, read_histograms, read_pieces
 from torchrec_mpe.precision.table_widths import Allocation, TableCandidates, TableScales
-from torchrec_mpe.quantizer.search_config import ZeroRow
 
 _LOG_RANK_SEGMENTS = 24
 _EVEN_SEGMENTS = 16  # the last log-rank segments hold half of the rows: too much to change width at once

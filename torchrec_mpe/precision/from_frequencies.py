@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.frequency.counter import embedding_bag_configs
-from torchrec_mpe.frequency.counts_of_table import counts_of_table
-from torchrec_mpe.frequency.ranks import counts_by_rank, counts_sha256, frequency_ranks
-from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.packing import packed_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.layout import ALIGNMENT
-from torchrec_mpe.precision.plan import PrecisionPlan
-from torchrec_mpe.quantizer.search_config import ZeroRow
+from torchrec_mpe.packing.size import packed_bytes
+from torchrec_mpe.precision.counts_of_table import counts_of_table
+from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
+from torchrec_mpe.precision.frequency_order import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.precision.plan import PrecisionPlan, ZeroRow
+from torchrec_mpe.precision.row_initialization import RowInitialization
 
 _RULE_MAX_BITS = 6
 

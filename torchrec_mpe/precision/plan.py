@@ -6,23 +6,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from torchrec_mpe.atomic import atomic_file
-from torchrec_mpe.bit_widths import TableBitWidths, check_candidate_bits
-from torchrec_mpe.digest import file_sha256
-from torchrec_mpe.initialization import RowInitialization
-from torchrec_mpe.packing import SizeReport, packed_bytes
-from torchrec_mpe.quantizer.search_config import ZeroRow
-from torchrec_mpe.text_table import text_table
-from torchrec_mpe.versions import installed_versions
+from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.digest import file_sha256
+from torchrec_mpe.files.text_table import text_table
+from torchrec_mpe.packing.bit_widths import TableBitWidths, check_candidate_bits
+from torchrec_mpe.packing.size import SizeReport, packed_bytes
+from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.versions import installed_versions
 
 _FORMAT = "torchrec_mpe.precision_plan"
 _VERSION = 1
+
+ZeroRow = Literal["learned", "zero"]
+"""What a 0-bit row reads: a vector that its table learns, or zero."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS
-from torchrec_mpe.rank_segments import rows_from_segments
+from torchrec_mpe.packing.bit_widths import MAX_BITS
+from torchrec_mpe.packing.order_segments import rows_from_segments
 
 RowSource = Callable[[int, int], Tensor]
 """``rows(start, stop)``: the rows of ids start to stop - 1, float32 [stop - start, D]."""

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchrec_mpe.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import choose_directory
 from torchrec_mpe.precision.row_histograms import RowHistograms, candidate_step_sizes
 

@@ -89,7 +89,7 @@ def expected_quantization(
     candidate_bits: tuple[int, ...],
     gradient_scale: Tensor,
 ) -> Tensor:
-    """See :func:`torchrec_mpe.ops.expected_quantization`."""
+    """See :func:`torchrec_mpe.ops.quantization.expected_quantization`."""
     result: Tensor = _ExpectedQuantization.apply(  # type: ignore[no-untyped-call]
         rows, probabilities, group.long(), alpha, beta, zero_rows, table, candidate_bits, gradient_scale
     )

@@ -62,7 +62,7 @@ def fixed_quantization(
     candidate_bits: tuple[int, ...],
     gradient_scale: Tensor,
 ) -> Tensor:
-    """See :func:`torchrec_mpe.ops.fixed_quantization`."""
+    """See :func:`torchrec_mpe.ops.quantization.fixed_quantization`."""
     result: Tensor = _FixedQuantization.apply(  # type: ignore[no-untyped-call]
         rows, candidate.long(), alpha, beta, zero_rows, table, candidate_bits, gradient_scale
     )

@@ -54,7 +54,7 @@ def expected_embedding_bag(
     row_offsets: Tensor | None = None,
     quantize: Callable[..., Tensor] = expected_quantization,
 ) -> Tensor:
-    """See :func:`torchrec_mpe.ops.expected_embedding_bag`; ``quantize`` is the op that quantizes the rows."""
+    """See :func:`.quantized_embedding_bag.expected_embedding_bag`; ``quantize`` is the op that quantizes rows."""
     rows_of = (offsets, bags_per_feature) if row_offsets is None else (row_offsets, [1] * len(table))
     row = row_numbers(ids, *rows_of, first_row, num_rows)
     table_of_row = _per_id(*rows_of, [table], len(ids))[0]
@@ -96,7 +96,7 @@ def fixed_embedding_bag(
     row_offsets: Tensor | None = None,
     quantize: Callable[..., Tensor] = fixed_quantization,
 ) -> Tensor:
-    """See :func:`torchrec_mpe.ops.fixed_embedding_bag`; ``quantize`` is the op that quantizes the rows."""
+    """See :func:`.ops.quantized_embedding_bag.fixed_embedding_bag`; ``quantize`` is the op that quantizes the rows."""
     rows_of = (offsets, bags_per_feature) if row_offsets is None else (row_offsets, [1] * len(table))
     row = row_numbers(ids, *rows_of, first_row, num_rows)
     table_of_row = _per_id(*rows_of, [table], len(ids))[0]

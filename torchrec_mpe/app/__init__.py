@@ -1,0 +1,1 @@
+"""What stands on the library: logs, models, training, reports, jobs and the command line."""

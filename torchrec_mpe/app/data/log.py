@@ -1,0 +1,122 @@
+"""What a click or rating log holds: which file, which columns, and what each column means."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchrec_mpe.app.data.label import LabelRule
+from torchrec_mpe.errors import UserError
+
+CRITEO_NUMBERS = tuple(f"I{i}" for i in range(1, 14))
+CRITEO_CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature column of a log.
+
+    ``kind`` is "category" (the text is the id), "bag" (ids joined by ``separator``) or "number" (bucketized into
+    categories, and also kept as a dense feature).
+    """
+
+    name: str
+    kind: Literal["category", "bag", "number"]
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Log:
+    """A text log, plain or gzip, and how to read it.
+
+    ``header`` holds the names of all columns when the file has no header line, and is None when it has one.
+    ``quoted`` says whether double quotes protect delimiters and line ends, as in CSV.
+    """
+
+    path: Path
+    format: Literal["criteo", "csv"]
+    label: str
+    rule: LabelRule
+    columns: tuple[Column, ...]
+    time: str | None
+    header: tuple[str, ...] | None
+    delimiter: str
+    quoted: bool
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Names of the columns to read, label first, each once."""
+        time = () if self.time is None else (self.time,)
+        return tuple(dict.fromkeys((self.label, *(column.name for column in self.columns), *time)))
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the number columns, in order."""
+        return tuple(column.name for column in self.columns if column.kind == "number")
+
+
+def criteo_log(path: Path) -> Log:
+    """Criteo's format: label, 13 numbers, 26 categories, tab-separated, no header, empty = missing."""
+    numbers = tuple(Column(name, "number") for name in CRITEO_NUMBERS)
+    categories = tuple(Column(name, "category") for name in CRITEO_CATEGORIES)
+    return Log(
+        path=path,
+        format="criteo",
+        label="label",
+        rule=LabelRule.parse(None),
+        columns=numbers + categories,
+        time=None,
+        header=("label", *CRITEO_NUMBERS, *CRITEO_CATEGORIES),
+        delimiter="\t",
+        quoted=False,
+    )
+
+
+def csv_log(
+    path: Path,
+    *,
+    label: str,
+    fields: Sequence[str],
+    positive: str | None,
+    numbers: Sequence[str],
+    separators: Mapping[str, str] | str,
+    time: str | None,
+) -> Log:
+    """A CSV file with a header line; ``fields`` come first in the order of columns, then ``numbers``.
+
+    Raises:
+        UserError: if the options contradict each other or ``positive`` is not an expression.
+    """
+    for option, names in (("fields", fields), ("numbers", numbers)):
+        if isinstance(names, str):
+            raise UserError(f"{option} is the text {names!r}: give a list of column names")
+    if isinstance(separators, str):
+        separators = dict.fromkeys(fields, separators)
+    names = [*fields, *numbers]
+    if not names:
+        raise UserError("no columns to learn from are named: give fields, numbers or both")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"column {name!r} is named more than once among fields and numbers: name it once")
+    if label in names:
+        raise UserError(f"column {label!r} is the label and cannot be a field or number too: name it once")
+    for name, separator in separators.items():
+        if name not in fields:
+            raise UserError(f"a separator is given for {name!r}, which is not among the fields: name it in fields too")
+        if not separator:
+            raise UserError(f"the separator of field {name!r} is empty: give at least one character")
+    columns = [
+        Column(name, "bag", separators[name]) if name in separators else Column(name, "category") for name in fields
+    ]
+    columns += [Column(name, "number") for name in numbers]
+    return Log(
+        path=path,
+        format="csv",
+        label=label,
+        rule=LabelRule.parse(positive),
+        columns=tuple(columns),
+        time=time,
+        header=None,
+        delimiter=",",
+        quoted=True,
+    )

@@ -1,0 +1,122 @@
+"""What a job was started with, kept beside its results: a restart and a later stage go on with the same."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torchrec_mpe.app.models import ModelKind
+from torchrec_mpe.app.training.loop import Hyperparameters
+from torchrec_mpe.errors import UserError
+from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.modules.search_config import Grouping, Penalty, SearchConfig
+from torchrec_mpe.precision.row_initialization import RowInitialization
+
+JOB_FILE = "job.json"
+_FORMAT = "torchrec_mpe.job"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """The settings that a stage's result depends on.
+
+    Attributes:
+        stage (str): "search" or "retrain".
+        log (Mapping[str, Any]): the log and how it is read, options of the search; empty in a retraining.
+        data (str): the folder of prepared data.
+        search (Optional[str]): the search's folder, of a retraining.
+        model (str): "dlrm" or "dnn".
+        dim (int): embedding dimension D.
+        epochs (int): passes over the training rows, each time the rows have started anew.
+        resets (int): how often the rows go back to their initial values: the phases of retraining, 0 in a search.
+        batch_size (int): rows a step and rank.
+        seed (int): of the initial rows, the dense network and the rows' order.
+        penalty (float): lambda.
+        penalty_kind (str): "bits" or "paper".
+        grouping (str): "log_rank" or "paper".
+    """
+
+    stage: str
+    log: Mapping[str, Any]
+    data: str
+    search: str | None
+    model: ModelKind
+    dim: int
+    epochs: int
+    resets: int
+    batch_size: int
+    seed: int
+    penalty: float
+    penalty_kind: Penalty
+    grouping: Grouping
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Batch size and learning rates."""
+        return Hyperparameters(batch_size=self.batch_size)
+
+    @property
+    def search_config(self) -> SearchConfig:
+        """The settings of the search phase."""
+        return SearchConfig(
+            grouping=self.grouping,
+            penalty=self.penalty_kind,
+            penalty_weight=self.penalty,
+            initialization=RowInitialization(self.seed),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the job file of a folder."""
+        with atomic_file(folder / JOB_FILE) as temporary:
+            temporary.write_text(
+                json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=2, default=str) + "\n"
+            )
+
+    @classmethod
+    def load(cls, folder: Path) -> "JobSettings":
+        """Read the job file of a folder.
+
+        Raises:
+            UserError: if there is none, or it is none of ours.
+        """
+        file = folder / JOB_FILE
+        try:
+            document = json.loads(file.read_text())
+            if (document.pop("format"), document.pop("version")) != (_FORMAT, _VERSION):
+                raise UserError(f"{file} is of another version than the {_VERSION} that this release reads")
+            return cls(**document)
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no {JOB_FILE}: it is no folder of a search or a retraining") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: {error}") from error
+
+    def check_same(self, folder: Path, *, trained: bool) -> None:
+        """Find out whether the job in a folder, if there is one, is this one.
+
+        Args:
+            folder (Path): of a search or a retraining.
+            trained (bool): whether it holds checkpoints; otherwise it holds prepared data at most, and only the
+                settings of the data have to be the same.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        if not (folder / JOB_FILE).exists():
+            return
+        before, now = self.load(folder)._comparable(trained), self._comparable(trained)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{folder} belongs to a job with {name.replace('_', ' ')} {before.get(name)}, and this one has "
+                    f"{now.get(name)}: a job goes on with the settings it was started with; choose another folder for "
+                    "another job"
+                )
+
+    def _comparable(self, trained: bool) -> dict[str, Any]:
+        """Settings by name, as they come back from a file."""
+        names = [field.name for field in fields(self)] if trained else ["stage", "data"]
+        values = {**{name: getattr(self, name) for name in names if name != "log"}, **self.log}
+        comparable: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return comparable

@@ -1,0 +1,47 @@
+"""Data prepared by one rank for all."""
+
+import argparse
+import signal
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from torchrec_mpe.app.data.data_options import prepare_data, print_notes
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.errors import UserError
+
+# Text of a few terabytes: the other ranks have nothing to do meanwhile.
+_LONGEST = timedelta(hours=24)
+
+
+def prepare_once(options: argparse.Namespace, folder: Path) -> PreparedDataset:
+    """Prepare the log of the data options into a folder, on rank 0, or open it if that was done before.
+
+    All ranks call this and get the same data; the folder has to be one that they all can read.
+
+    Raises:
+        UserError: for a mistake in the log or in the options, the same on all ranks.
+    """
+    if options.format == "prepared":
+        return PreparedDataset.open(options.data)
+    store = dist.distributed_c10d._get_default_store()
+    key = f"torchrec_mpe/prepared/{folder}"
+    if dist.get_rank() == 0:
+        if not (folder / "manifest.json").exists():  # the folder appears complete or not at all
+            # A job that is told to stop leaves nothing half-written. Not in collectives, which no signal interrupts.
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                print_notes(prepare_data(options, folder, progress=options.progress))
+            except UserError as error:
+                store.set(key, str(error))
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        store.set(key, "")
+    else:
+        # Not a collective, whose timeout is for steps. If rank 0 fails, torchelastic ends this rank.
+        store.wait([key], _LONGEST)
+        if mistake := store.get(key).decode():
+            raise UserError(mistake)
+    return PreparedDataset.open(folder)

@@ -1,0 +1,179 @@
+"""One rank of a job: `torchrun --nproc_per_node 2 -m torchrec_mpe.app.launch.trainer search --format ... --out ...`."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.launch import stages
+from torchrec_mpe.app.launch.job import JOB_FILE, JobSettings
+from torchrec_mpe.app.launch.lost_ranks import RankLostError, name_lost_ranks
+from torchrec_mpe.app.launch.options import check, parser, search_settings
+from torchrec_mpe.app.launch.prepare_once import prepare_once
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.step_log import StepLog
+from torchrec_mpe.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank; returns the exit code: 0, or 2 for a user's mistake. Ends with 3 if another rank is lost."""
+    options = parser().parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"torchrec-mpe: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+@record  # torchelastic's report then has the error, and the line of code that waited
+def _run(options: argparse.Namespace) -> None:
+    check(options)
+    _quiet_dependencies()
+    run = _run_settings(options)
+    with process_group(run.device, run.timeout):
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        print(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}: process {os.getpid()}, "
+            f"{run.device}, restart {restart}",
+            flush=True,
+        )
+        _warn_of_shared_store()
+        log = StepLog(options.log_every, restart)
+        try:
+            with name_lost_ranks(lambda: log.place, run.timeout):
+                _run_command(options, run, log)
+        except RankLostError as error:
+            get_error_handler().record_exception(error)
+            print(f"torchrec-mpe: error: {error}", file=sys.stderr, flush=True)
+            # Not through the process group's end, which may wait for the lost rank as well.
+            os._exit(3)
+
+
+def _run_command(options: argparse.Namespace, run: stages.RunSettings, log: StepLog) -> None:
+    if options.command == "search":
+        _search(options, run, log, options.out)
+    elif options.command == "retrain":
+        _retrain(options, run, log, options.search, options.out)
+    elif options.command == "emit":
+        _emit(run, options.retrained, options.out)
+    else:
+        _search(options, run, log, options.out / "search")
+        _retrain(options, run, log, options.out / "search", options.out / "retrain")
+        _emit(run, options.out / "retrain", options.out / "artifact")
+
+
+def _warn_of_shared_store() -> None:
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if dist.get_rank() == 0 and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print(
+            "torchrec-mpe: warning: restarts can fail to connect because torchrun keeps its store over them: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as the torchx components do",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _search(options: argparse.Namespace, run: stages.RunSettings, log: StepLog, out: Path) -> None:
+    settings = search_settings(options, out)
+    if _enter(settings, out):
+        data = prepare_once(options, Path(settings.data))
+        log.write_to(out / stages.STEPS if dist.get_rank() == 0 else None)
+        stages.search(settings, run, data, out, log)
+
+
+def _retrain(options: argparse.Namespace, run: stages.RunSettings, log: StepLog, search: Path, out: Path) -> None:
+    searched = JobSettings.load(search)
+    if searched.stage != "search" or not stages.finished(search):
+        raise UserError(f"{search} is not the folder of a finished search: run the search to its end first")
+    given = {name: getattr(options, name) for name in ("epochs", "batch_size", "seed")}
+    settings = replace(
+        searched,
+        stage="retrain",
+        log={},
+        search=str(search.resolve()),
+        resets=options.resets,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if _enter(settings, out):
+        log.write_to(out / stages.STEPS if dist.get_rank() == 0 else None)
+        stages.retrain(settings, run, PreparedDataset.open(settings.data), search, out, log)
+
+
+def _emit(run: stages.RunSettings, retrained: Path, out: Path) -> None:
+    settings = JobSettings.load(retrained)
+    if settings.stage != "retrain" or not stages.finished(retrained):
+        raise UserError(f"{retrained} is not the folder of a finished retraining: run the retraining to its end first")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not stages.emitted_from(out, retrained):
+            raise UserError(f"{out} exists and holds no model packed from {retrained}: choose another folder")
+        if dist.get_rank() == 0:
+            print(f"{out} holds the packed model: nothing to do", flush=True)
+        return
+    stages.emit(settings, run, PreparedDataset.open(settings.data), retrained, out)
+
+
+def _enter(settings: JobSettings, out: Path) -> bool:
+    """Make or join the folder of a stage; False if the stage is finished.
+
+    Raises:
+        UserError: if the folder is another job's, or this rank does not see what rank 0 wrote.
+    """
+    trained = (out / stages.CHECKPOINTS).exists()
+    settings.check_same(out, trained=trained)
+    dist.barrier()
+    if dist.get_rank() == 0 and not trained:
+        settings.save(out)
+    dist.barrier()
+    if not (out / JOB_FILE).exists():
+        raise UserError(
+            f"rank {dist.get_rank()} on {socket.gethostname()} does not see {out}, which rank 0 wrote: give a folder "
+            "that all nodes share"
+        )
+    if stages.finished(out) and dist.get_rank() == 0:
+        print(f"{out} holds a finished {settings.stage}: nothing to do", flush=True)
+    return not stages.finished(out)
+
+
+def _run_settings(options: argparse.Namespace) -> stages.RunSettings:
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if kind == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()} here; start one rank a "
+                "GPU, or give --device cpu"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return stages.RunSettings(
+        device=device,
+        timeout=timedelta(seconds=options.timeout),
+        checkpoint_every=options.checkpoint_every,
+        checkpoint_asynchronously=options.checkpoint_asynchronously,
+        sharding_types=tuple(options.sharding_types),
+        progress=options.progress,
+    )
+
+
+def _quiet_dependencies() -> None:
+    """TorchRec logs its plans and torch warns about itself, on every rank."""
+    for name in ("torchrec", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu|tensordict|torchmetrics")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One click model trained by every method."""

@@ -1,0 +1,328 @@
+"""Save and load the whole state of a training run."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.stateful import Stateful
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_mpe.distributed.checkpoint.cached_tables import check_no_batch_in_flight
+from torchrec_mpe.distributed.checkpoint.checkpoint import COUNTS_FILE, MANIFEST, PLAN_FILE, Checkpoint, write_manifest
+from torchrec_mpe.distributed.checkpoint.extra import as_json, check_extra, extra_state, set_extra
+from torchrec_mpe.distributed.checkpoint.folder import CheckpointFolder
+from torchrec_mpe.distributed.checkpoint.fused_optimizer import merge_descriptions
+from torchrec_mpe.distributed.checkpoint.preparation import check_prepared_with
+from torchrec_mpe.distributed.checkpoint.ranks import Ranks
+from torchrec_mpe.distributed.checkpoint.training_state import OptimizerStateChoice, TrainingState, differing
+from torchrec_mpe.modules.embedding_bag_collection import Phase
+from torchrec_mpe.precision.frequency_counter import FrequencyCounter
+from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.upstream.versions import installed_versions
+
+
+@dataclass
+class _Save:
+    """A save that has begun: whether all ranks have written, and on rank 0 whether it is complete."""
+
+    step: int
+    written: "Future[Any]"
+    published: "Future[None]"
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The counts or plan that the last save referred to: large ones are not digested again at each save."""
+
+    content: object
+    layout_digests: Mapping[str, int]
+    name: str
+
+    def of(self, content: object, state: TrainingState) -> bool:
+        return self.content is content and self.layout_digests == state.layout_digests()
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in any phase, in a folder that all ranks see.
+
+    A checkpoint holds the sharded rows and their fused optimizer state, the quantizers (gamma, alpha, beta, 0-bit
+    vectors), the dense network and its optimizer, the state of random number generators, the position in the data, and
+    what it takes to prepare a model again: search settings and counts, or the precision plan. Counts and plans are
+    stored once beside the checkpoints that refer to them. It may be loaded by another number of ranks and under another
+    sharding.
+
+    A checkpoint is written under a hidden name and renamed when all ranks are done and it is on disk. A job killed at
+    any moment leaves the previous one to load; the next save clears away what it left.
+
+    Cached tables are saved as they are stored: every save writes the rows in their caches back, with the optimizer
+    state that is saved with them, and empties the caches.
+
+    All methods are collective: every rank calls them in the same order. One job at a time uses a folder.
+
+    The tensors are written by torch.distributed.checkpoint (DCP) in its own format. DCP's index file, ``.metadata``, is
+    a pickle: load checkpoints only from folders whose writers you trust. DCP's safetensors writer has no pickle, but
+    keeps one shard a rank of a tensor: of a table with two column shards on a rank it loses one (torch 2.13).
+
+    Args:
+        folder (str): made by the first save.
+        keep (int): complete checkpoints to keep; older ones are deleted once a newer one is complete.
+        timeout (Optional[timedelta]): how much longer the slowest rank may take than the fastest; gloo's default if
+            None.
+
+    Example::
+
+        checkpoints = Checkpoints("checkpoints")
+        found = checkpoints.newest()
+        counts = found.counts() if found else count_frequencies(batches, model).merge_across_ranks()
+        if found:
+            found.prepare_(model)                       # into the phase of the checkpoint, here the search
+        else:
+            prepare_search_(model, counts)
+        dmp = DistributedModelParallel(model, sharders=sharders(fused_params), ...)
+        optimizer = torch.optim.Adam([p for _, p in in_backward_optimizer_filter(dmp.named_parameters())])
+        if found:
+            checkpoints.load(dmp, optimizer, found)     # go on at found.position
+        ...
+        checkpoints.save(dmp, optimizer, step=120, position={"epoch": 0, "batch": 120}, counts=counts)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, timeout: timedelta | None = None) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder = Path(folder)
+        self._folder = CheckpointFolder(self.folder, keep)
+        self._ranks = Ranks(timeout)
+        self._pending: _Save | None = None
+        self._shared: dict[str, _Shared] = {}
+
+    def save(
+        self,
+        model: DistributedModelParallel,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        step: int,
+        position: Mapping[str, Any] | None = None,
+        counts: Mapping[str, Tensor] | None = None,
+        plan: PrecisionPlan | None = None,
+        extra: Mapping[str, Stateful] | None = None,
+        asynchronous: bool = False,
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            model (DistributedModelParallel): in any phase.
+            optimizer (Optional[torch.optim.Optimizer]): of all but the rows in fused TBEs; a KeyedOptimizerWrapper or a
+                CombinedOptimizer of such, with or without ``model.fused_optimizer``, will do.
+            step (int): number of steps done, for people and logs.
+            position (Optional[Mapping[str, Any]]): where in the data to go on, JSON values; rank 0's is kept.
+            counts (Optional[Mapping[str, Tensor]]): the counts that the model was prepared with; needed in the search
+                phase.
+            plan (Optional[PrecisionPlan]): the plan that the model was prepared with; needed in the retrain phase.
+            extra (Optional[Mapping[str, Stateful]]): other objects with ``state_dict`` and ``load_state_dict``, for
+                example a learning-rate scheduler; their states must be JSON values.
+            asynchronous (bool): return when this rank's tensors are copied to host memory, and write in a thread. The
+                checkpoint is complete some time later, at the latest when :meth:`wait` returns: call that before the
+                process group is destroyed.
+
+        Raises:
+            ValueError: if counts or plan are missing or not those of the model.
+            TypeError: for state that cannot be saved.
+            RuntimeError: if writing fails here or on another rank, or a pending save failed; the earlier checkpoints
+                are untouched.
+        """
+        self.wait()
+        if not isinstance(model, DistributedModelParallel):
+            raise TypeError(f"a {type(model).__name__} is not sharded: save the DistributedModelParallel that trains")
+        ranks = self._ranks
+        extra_tensors, extra_values = extra_state(extra or {})
+        state = ranks.together(partial(TrainingState, model, optimizer))
+        local_buffers = differing(ranks.gather(ranks.together(state.buffer_digests)))
+        tensors = ranks.together(lambda: {**state.tensors(ranks.rank, local_buffers), **extra_tensors})
+        manifest = ranks.together(
+            lambda: {
+                "step": int(step),
+                "position": as_json("position", dict(position or {})),
+                "world_size": ranks.world_size,
+                **state.values(),
+                "local_buffers": local_buffers,
+                "extra": extra_values,
+                "versions": installed_versions(),
+            }
+        )
+        manifest["tables"] = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
+        temporary, target, shared = ranks.on_rank_0(lambda: self._begin(model, state, step, counts, plan))
+        manifest.update(shared)
+        pending = _Save(step, Future(), Future())
+
+        def publish(written: "Future[Any]") -> None:
+            """On rank 0, when all ranks have written: in DCP's thread if asynchronous."""
+            try:
+                written.result()
+                files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+                write_manifest(temporary / MANIFEST, {**manifest, "files": files})
+                self._folder.publish(temporary, target)
+                pending.published.set_result(None)
+            except BaseException as error:
+                self._folder.discard(temporary)
+                pending.published.set_exception(error)
+
+        writer = FileSystemWriter(temporary)
+        if asynchronous:
+            response = async_save(tensors, storage_writer=writer, process_group=ranks.group())
+            pending.written = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
+        else:
+            try:
+                dcp_save(tensors, storage_writer=writer, process_group=ranks.group())
+                pending.written.set_result(None)
+            except (Exception, CheckpointException) as error:
+                pending.written.set_exception(error)
+        if ranks.rank == 0:
+            pending.written.add_done_callback(publish)
+        else:
+            pending.published.set_result(None)
+        self._pending = pending
+        if not asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until a pending asynchronous save is complete; at once if there is none.
+
+        Raises:
+            RuntimeError: if it failed, here or on another rank; the earlier checkpoints are untouched.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        message = None
+        for future in (pending.written, pending.published):
+            try:
+                future.result()
+            except (Exception, CheckpointException) as error:
+                message = message or reason(error)
+        failed = {rank: text for rank, text in enumerate(self._ranks.gather(message)) if text is not None}
+        if failed:
+            rank, text = min(failed.items())
+            raise RuntimeError(f"the checkpoint of step {pending.step} could not be written: rank {rank}: {text}")
+
+    def newest(self) -> Checkpoint | None:
+        """The complete checkpoint saved last, the same on every rank, or None; a pending save is waited for.
+
+        A damaged one, of which files are missing or cut short, is passed over with a warning.
+
+        Raises:
+            RuntimeError: if a pending save failed.
+        """
+        complete = self.complete()
+        return complete[-1] if complete else None
+
+    def complete(self) -> list[Checkpoint]:
+        """All complete checkpoints, oldest first, the same on every rank; otherwise as :meth:`newest`."""
+        self.wait()
+        return self._ranks.on_rank_0(self._folder.complete)
+
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        checkpoint: Checkpoint,
+        *,
+        optimizer_state: OptimizerStateChoice = True,
+        extra: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """Load a checkpoint into a model of the same tables and phase, sharded in whatever way.
+
+        Everything that can be checked is checked before anything is changed. Learning rates are those of the
+        checkpoint.
+
+        Args:
+            model (nn.Module): a DistributedModelParallel; or an unsharded model, with ``optimizer_state=False``.
+            optimizer (Optional[torch.optim.Optimizer]): of all but the rows in fused TBEs, over the same parameters in
+                the same groups as the saved one; None to leave its state out.
+            checkpoint (Checkpoint): from :meth:`newest` or :meth:`complete`.
+            optimizer_state (Union[bool, str]): True, the fused optimizers' state of every table; "where possible",
+                tables whose state cannot be moved to their sharding here start with an empty one; False, all tables do.
+                A cached table's stored rows hold their state, and are loaded only where it takes as many bytes.
+            extra (Optional[Mapping[str, Stateful]]): as given to :meth:`save`, or some of it.
+
+        Random number generators and buffers go on as they were, each rank's own. On another number of ranks generators
+        are seeded anew from the checkpoint, with a warning, and buffers are rank 0's.
+
+        With the same ranks and sharding training goes on bit for bit as without the interruption, on CPU with one or
+        two ranks. With more, DistributedDataParallel adds up the dense gradients of the first step after a start in
+        another order than later: last bits differ, unless the model is made with ``data_parallel_wrapper=
+        DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)``.
+
+        Raises:
+            ValueError: if the checkpoint is of another phase, preparation, tables or optimizer, or with
+                ``optimizer_state=True`` the fused optimizer state of some tables, which are named, cannot be moved.
+            KeyError: if the checkpoint has no ``extra`` of a name.
+            RuntimeError: before anything is changed, naming the tables, if a forward of cached tables waits for its
+                backward: drop its output; or if reading fails here or on another rank: the model is then neither old
+                nor new.
+        """
+        self.wait()
+        ranks = self._ranks
+        extra = extra or {}
+        reader = FileSystemReader(checkpoint.path)
+        metadata = ranks.together(reader.read_metadata)
+        # First: making the state writes back only rows that no batch in flight has.
+        ranks.together(partial(check_no_batch_in_flight, model))
+        state = ranks.together(partial(TrainingState, model, optimizer))
+        tables = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
+        ranks.together(lambda: state.check_loadable(checkpoint, metadata, tables))
+        fresh = ranks.together(lambda: state.without_state(checkpoint, tables, optimizer_state))
+        extra_tensors, _ = extra_state(extra)
+        ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, metadata))
+        targets = ranks.together(lambda: state.targets(checkpoint, metadata, fresh, ranks.rank, ranks.world_size))
+        try:
+            dcp_load({**targets, **extra_tensors}, storage_reader=reader, process_group=ranks.group())
+        except (Exception, CheckpointException) as error:
+            raise RuntimeError(f"checkpoint {checkpoint.path} could not be loaded: {reason(error)}") from error
+        set_extra(extra, extra_tensors, checkpoint)
+        ranks.together(lambda: state.set(targets, checkpoint, fresh, ranks.rank, ranks.world_size))
+
+    def _begin(
+        self,
+        model: nn.Module,
+        state: TrainingState,
+        step: int,
+        counts: Mapping[str, Tensor] | None,
+        plan: PrecisionPlan | None,
+    ) -> tuple[Path, Path, dict[str, str | None]]:
+        """On rank 0: a folder to write to, its name when complete, and the names of shared counts and plan."""
+        shared: dict[str, str | None] = {"counts": None, "plan": None}
+        kind, content = {Phase.SEARCH: ("counts", counts), Phase.RETRAIN: ("plan", plan)}.get(state.phase, ("", None))
+        known = kind in self._shared and self._shared[kind].of(content, state)
+        if not known:
+            check_prepared_with(model, counts, plan)
+        temporary, target = self._folder.begin(state.phase.value, step)
+        if known:
+            shared[kind] = self._shared[kind].name
+        elif isinstance(content, PrecisionPlan):
+            shared[kind] = self._folder.share(kind, PLAN_FILE, content.save)
+        elif content is not None:
+            shared[kind] = self._folder.share(kind, COUNTS_FILE, FrequencyCounter.from_counts(content).save)
+        name = shared.get(kind)
+        # One at a time: what another phase shared may be gone when this one needs it again.
+        self._shared = {} if name is None else {kind: _Shared(content, state.layout_digests(), name)}
+        return temporary, target, shared
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in DCP, in one line: its own exception lists a traceback a rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = min(error.failures.items())
+        return f"{reason(first)} (on rank {rank})"
+    return f"{type(error).__name__}: {error}"

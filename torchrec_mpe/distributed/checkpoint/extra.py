@@ -1,0 +1,95 @@
+"""Other objects with a state, such as learning-rate schedulers: numbers into the manifest, tensors beside the rows."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.stateful import Stateful
+
+from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint
+from torchrec_mpe.distributed.checkpoint.fused_optimizer import global_size
+
+# Dictionaries whose keys are not all text, as lists of pairs: MultiStepLR counts its milestones in a Counter.
+_PAIRS: dict[str, Callable[[Iterable[tuple[Any, Any]]], dict[Any, Any]]] = {
+    "__dict__": dict,
+    "__counter__": lambda pairs: Counter(dict(pairs)),
+}
+
+
+def extra_state(extra: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name ``extra.<name>.<key>``, sharded or not, and JSON values by name.
+
+    Collective if a ``state_dict`` is: every rank calls it with the same names.
+
+    Raises:
+        TypeError: for a value that is neither a tensor at the top level nor of a JSON type.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name in sorted(extra):
+        state = extra[name].state_dict()
+        tensors.update({_key(name, key): value for key, value in state.items() if isinstance(value, Tensor)})
+        values[name] = as_json(name, {key: value for key, value in state.items() if not isinstance(value, Tensor)})
+    return tensors, values
+
+
+def check_extra(
+    extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint, metadata: Metadata
+) -> None:
+    """Make sure that a checkpoint has the state of some objects, whose present tensors are given.
+
+    Raises:
+        KeyError: if it has not.
+        ValueError: if a tensor has another shape.
+    """
+    for name in extra:
+        if name not in checkpoint.manifest["extra"]:
+            known = ", ".join(sorted(checkpoint.manifest["extra"])) or "none"
+            raise KeyError(f"the checkpoint {checkpoint.path} has no state of {name!r}; it has: {known}")
+    for key, tensor in tensors.items():
+        entry = metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise KeyError(f"the checkpoint {checkpoint.path} has no {key}")
+        if tuple(entry.size) != global_size(tensor):
+            raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {tuple(entry.size)}")
+
+
+def set_extra(extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Give each object its state back; the tensors are those of :func:`extra_state`, loaded."""
+    for name in sorted(extra):
+        loaded = {key.removeprefix(_key(name, "")): t for key, t in tensors.items() if key.startswith(_key(name, ""))}
+        extra[name].load_state_dict({**from_json(checkpoint.manifest["extra"][name]), **loaded})
+
+
+def as_json(name: str, value: Any) -> Any:
+    """A value of JSON types; tuples become lists, and dictionaries may have numbers as keys.
+
+    Raises:
+        TypeError: for any other type, saying where it is.
+    """
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and not isinstance(value, Counter):
+            return {key: as_json(f"{name}.{key}", v) for key, v in value.items()}
+        kind = "__counter__" if isinstance(value, Counter) else "__dict__"
+        return {kind: [[as_json(name, key), as_json(f"{name}.{key}", v)] for key, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [as_json(f"{name}[{k}]", v) for k, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}: only numbers, text, lists and dictionaries of them are saved")
+
+
+def from_json(value: Any) -> Any:
+    """What :func:`as_json` was given, with lists for tuples."""
+    if isinstance(value, dict):
+        for kind, made_of in _PAIRS.items():
+            if set(value) == {kind}:
+                return made_of((from_json(key), from_json(v)) for key, v in value[kind])
+        return {key: from_json(v) for key, v in value.items()}
+    return [from_json(v) for v in value] if isinstance(value, list) else value
+
+
+def _key(name: str, key: str) -> str:
+    return f"extra.{name}.{key}"

@@ -1,0 +1,166 @@
+"""The manifest of an artifact: written, and read only if it is complete, consistent and of this version."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from torchrec_mpe.inference.artifact.tensor_files import DTYPES
+from torchrec_mpe.ops.reference.bitpack import row_bytes
+
+MANIFEST = "manifest.json"
+FORMAT = "torchrec_mpe.artifact"
+VERSION = 3
+SCHEMA_ID = f"urn:torchrec_mpe:artifact:{VERSION}"
+# A thousand tables take 1 MiB. A larger file is no manifest, and parsing it would take many times its size.
+_MAX_BYTES = 1 << 26
+_KINDS = ("payload", "directory", "scales", "zero_rows", "padding", "fp32_bytes", "total")
+
+Document = dict[str, Any]
+
+
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``: format, version and digest are added, and what cannot be read back is refused.
+
+    Raises:
+        ValueError: if the document does not follow the schema, or holds what is no JSON.
+    """
+    whole: Document = {"$schema": SCHEMA_ID, "format": FORMAT, "version": VERSION, "sha256": "", **document}
+    whole = json.loads(json.dumps(whole, allow_nan=False))
+    whole["sha256"] = manifest_sha256(whole)
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    read_manifest(folder)
+
+
+def read_manifest(folder: Path) -> Document:
+    """Read ``manifest.json``, after checking it against its schema, its digest and itself.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: one sentence, if it is damaged, of another version, or contradicts itself.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no artifact: it holds no {MANIFEST}")
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{file} does not describe an artifact: it has more than {_MAX_BYTES} bytes")
+    try:
+        document = json.loads(
+            file.read_bytes().decode("utf-8"), object_pairs_hook=_without_repetition, parse_constant=_no_constant
+        )
+        digest = manifest_sha256(document) if isinstance(document, dict) else ""
+    # UnicodeError: also a character that is half of a pair. RecursionError: lists in lists without end.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {str(error) or type(error).__name__}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{file} does not describe an artifact")
+    version = document.get("version")
+    if version in (1, 2):
+        raise ValueError(f"{file} was written by an earlier pre-release of torchrec_mpe: emit the model again")
+    if version != VERSION:
+        raise ValueError(f"{file} is of version {version!r:.20}, this release reads version {VERSION}")
+    mistake = jsonschema.exceptions.best_match(_validator().iter_errors(document))
+    if mistake is not None:
+        raise ValueError(f"{file} does not follow its schema at {mistake.json_path:.200}: {mistake.message:.200}")
+    if document["sha256"] != digest:
+        raise ValueError(f"{file} is damaged: its digest is not that of its other entries")
+    for contradiction in _contradictions(document):
+        raise ValueError(f"{file} contradicts itself: {contradiction}")
+    return document
+
+
+def manifest_sha256(document: Mapping[str, Any]) -> str:
+    """The SHA-256 of all entries but "sha256", hexadecimal; the schema says of which bytes."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Any:
+    schema = json.loads(files(__package__).joinpath("artifact.schema.json").read_text(encoding="utf-8"))
+    # Following a reference takes as long as checking what it refers to, and a table has thirty.
+    schema = _with_definitions(schema, schema.pop("$defs"))
+    # JSON schema takes 1.0 for an integer; Python does not.
+    kinds = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    extended = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+        jsonschema.Draft202012Validator, type_checker=kinds
+    )
+    return extended(schema)
+
+
+def _with_definitions(schema: Any, definitions: Document) -> Any:
+    """A schema with what ``{"$ref": "#/$defs/NAME"}`` refers to in its place."""
+    if isinstance(schema, list):
+        return [_with_definitions(value, definitions) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        own = {key: value for key, value in schema.items() if key != "$ref"}
+        return _with_definitions({**definitions[schema["$ref"].removeprefix("#/$defs/")], **own}, definitions)
+    return {key: _with_definitions(value, definitions) for key, value in schema.items()}
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> Document:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("an entry occurs twice")
+    return entries
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _contradictions(document: Document) -> Iterator[str]:
+    """What the schema cannot say: sums, and names that must be unique or known."""
+    names = [collection["name"] for collection in document["collections"]]
+    if len(set(names)) != len(names):
+        yield f"its collections are {names}, one twice"
+    sizes: dict[str, int] = {}
+    tensors = [document["dense"], *(collection["tensors"] for collection in document["collections"])]
+    for entry in (entry for group in tensors for entry in group.values()):
+        sizes[entry["file"]] = sizes.get(entry["file"], 0) + _tensor_bytes(entry)
+    if sizes.keys() != document["files"].keys():
+        yield f"its tensors lie in the files {sorted(sizes)}, it lists {sorted(document['files'])}"
+        return
+    for file, size in sizes.items():
+        if size >= document["files"][file]:
+            yield f"{file} has {document['files'][file]} bytes, its tensors {size}"
+    for collection in document["collections"]:
+        yield from _contradictions_of_collection(collection)
+
+
+def _contradictions_of_collection(collection: Document) -> Iterator[str]:
+    tables, total = collection["tables"], collection["bytes"]
+    if sorted(table["name"] for table in tables) != sorted(collection["packed_order"]):
+        yield f"collection {collection['name']!r} packs other tables than it has, or one twice"
+    for where, counts in [(f"table {table['name']!r}", table["bytes"]) for table in tables] + [("all tables", total)]:
+        kinds = [counts[kind] for kind in _KINDS[:5]]
+        if sum(kinds) != counts["total"] or counts["compression_ratio"] != round(
+            counts["fp32_bytes"] / counts["total"], 4
+        ):
+            yield f"the bytes of {where} by kind are not those of its total or ratio"
+    for table in tables:
+        rows, dim, widths = table["num_embeddings"], table["embedding_dim"], table["rows_per_width"]
+        if sum(widths) != rows:
+            yield f"table {table['name']!r} has {rows} rows, {sum(widths)} of all bit-widths"
+        payload = sum(count * row_bytes(dim, bits) for bits, count in enumerate(widths))
+        if (table["bytes"]["payload"], table["bytes"]["fp32_bytes"]) != (payload, 4 * rows * dim):
+            yield f"the payload or fp32_bytes of table {table['name']!r} are not those of its rows"
+    for kind in _KINDS:
+        if sum(table["bytes"][kind] for table in tables) != total[kind]:
+            yield f"the {kind} bytes of collection {collection['name']!r} are not the sum of its tables'"
+    if sum(_tensor_bytes(entry) for entry in collection["tensors"].values()) != total["total"]:
+        yield f"the bytes of collection {collection['name']!r} are not those of its tensors"
+
+
+def _tensor_bytes(entry: Mapping[str, Any]) -> int:
+    shape: list[int] = entry["shape"]
+    return math.prod(shape) * DTYPES[entry["dtype"]].itemsize

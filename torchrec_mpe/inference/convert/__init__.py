@@ -1,0 +1,1 @@
+"""From a trained checkpoint to packed rows, without a search."""

@@ -1,0 +1,1 @@
+"""A packed model as a program of torch.export or AOTInductor."""

@@ -1,0 +1,1 @@
+"""A packed model over the devices of one host."""

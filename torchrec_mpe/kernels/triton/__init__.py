@@ -1,1 +1,0 @@
-"""GPU kernels in Triton, which also run on CPU tensors in Triton's interpreter."""

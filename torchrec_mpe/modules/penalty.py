@@ -1,0 +1,47 @@
+"""The penalty on bits that a search adds to the loss."""
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_mpe.modules.row_quantizer import SearchQuantizer
+
+
+def search_quantizers(model: nn.Module) -> list[SearchQuantizer]:
+    """The search quantizers of a model, plain or sharded.
+
+    Raises:
+        ValueError: if there is none, that is, the model is not in the search phase.
+    """
+    found = [module for module in model.modules() if isinstance(module, SearchQuantizer)]
+    if not found:
+        raise ValueError("the model is not in the search phase: call prepare_search_ first")
+    return found
+
+
+def bit_penalty(model: nn.Module) -> Tensor:
+    """Penalty weight times the expected bits, a scalar to add to the loss.
+
+    With ``SearchConfig.penalty="bits"`` it is ``lambda * sum_g rows_g * D_g * E[b_g] / sum_g rows_g * D_g``, lambda
+    times the average bit-width that would be stored; with "paper" ``lambda * sum_g E[b_g] / f_g``, f being the group's
+    frequency over that of the least frequent group (MPE, arXiv 2409.20305, section 3.3).
+
+    Args:
+        model (nn.Module): in the search phase, plain or sharded. Every rank returns the same value, and its gradient
+            needs no scaling by the world size.
+
+    Raises:
+        ValueError: if the model is not in the search phase.
+    """
+    quantizers = search_quantizers(model)
+    elements = sum(q.num_rows * q.embedding_dim for q in quantizers)
+    total = torch.zeros((), device=quantizers[0].gamma.device)
+    for quantizer in quantizers:
+        bits = quantizer.expected_bits()
+        groups = quantizer.groups
+        if quantizer.config.penalty == "bits":
+            weight = groups.rows.double() * quantizer.embedding_dim / elements
+        else:
+            frequencies = groups.frequencies.clamp(min=1).double()
+            weight = frequencies.min() / frequencies
+        total = total + quantizer.config.penalty_weight * (weight.to(bits) * bits).sum()
+    return total

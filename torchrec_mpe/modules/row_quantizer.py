@@ -1,0 +1,338 @@
+"""The learned LSQ+ quantizers that the tables of one embedding dimension share."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_mpe.modules.search_config import SearchConfig
+from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fixed_embedding_bag
+from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths, check_candidate_bits
+from torchrec_mpe.precision.groups import FeatureGroups
+from torchrec_mpe.precision.row_initialization import RowInitialization
+
+RanksByTable = Mapping[str, Tensor | None]
+
+_MIN_STEP_SIZE = 1e-10
+_DIGEST_ROWS = 1 << 20  # rows at a time: no table's whole map needs to exist
+
+
+@dataclass(frozen=True)
+class Bags:
+    """The bags of F features and what their ids mean, as :func:`.expected_embedding_bag` takes them.
+
+    Attributes:
+        row_map (Tensor): integer [rows], what each row of the tables, or of a rank's shards of them, belongs to: in the
+            search phase its feature group, in the retrain phase its index among the candidate bit-widths.
+        ids (Tensor): int32 or int64 [N], feature after feature, bag after bag.
+        offsets (Tensor): int32 or int64 [bags + 1], where each bag starts, counted from ``offsets[0]``.
+        bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
+        first_row (Sequence[int]): F numbers, where the feature's rows start in ``row_map``.
+        num_rows (Sequence[int]): F numbers.
+        table (Sequence[int]): F table numbers.
+        pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
+        per_sample_weights (Optional[Tensor]): [N].
+        side_by_side (bool): return [B, F * D] instead of [bags, D].
+        index (Optional[Tensor]): [N], where each id is among the distinct ids that ``ids`` then holds, [U].
+        row_offsets (Optional[Tensor]): [F + 1], where each feature's distinct ids start; with ``index``.
+    """
+
+    row_map: Tensor
+    ids: Tensor
+    offsets: Tensor
+    bags_per_feature: Sequence[int]
+    first_row: Sequence[int]
+    num_rows: Sequence[int]
+    table: Sequence[int]
+    pooling_mode: Sequence[int]
+    per_sample_weights: Tensor | None
+    side_by_side: bool
+    index: Tensor | None = None
+    row_offsets: Tensor | None = None
+
+
+class _WidthsOverRanks(Mapping[str, TableBitWidths]):
+    """Bit-widths whose frequency ranks come from elsewhere when they are read."""
+
+    def __init__(self, widths: Mapping[str, TableBitWidths], ranks: RanksByTable) -> None:
+        self._by_rank = {table: replace(w, ranks=None) for table, w in widths.items()}
+        self._ranks = ranks
+
+    def __getitem__(self, table: str) -> TableBitWidths:
+        return replace(self._by_rank[table], ranks=self._ranks[table])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_rank)
+
+    def __len__(self) -> int:
+        return len(self._by_rank)
+
+
+class RowQuantizer(nn.Module):
+    """Step sizes, offset and 0-bit vectors of the tables of one embedding dimension D.
+
+    What each row belongs to is not stored here but made by :meth:`row_map`, for a whole table or a shard of it: a
+    sharded collection keeps only the maps of its own rows.
+
+    Args:
+        num_embeddings (Mapping[str, int]): rows of each table, in order.
+        embedding_dim (int): D.
+        candidate_bits (Sequence[int]): the m bit-widths that a row can have, increasing, each 0 to 8.
+        initialization (RowInitialization): of the rows; step sizes start at ``2 * mean|row| / sqrt(2**(b-1))``.
+        learn_zero_row (bool): a 0-bit row reads a learned vector of its table instead of zero.
+        device (Optional[torch.device]): device of the parameters; the meta device is taken as CPU.
+
+    Parameters:
+        alpha (Tensor): float32 [m], used as ``|alpha| + 1e-10``; the entry of bit-width 0 is never read.
+        beta (Tensor): float32 [D], starts at 0.
+        zero_rows (Tensor): float32 [tables, D], starts at 0; None without ``learn_zero_row``.
+
+    Buffers:
+        layout_digest (Tensor): int64 scalar, of what each row belongs to; loading a state dict with another one fails.
+    """
+
+    layout_digest: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: Mapping[str, int],
+        embedding_dim: int,
+        candidate_bits: Sequence[int],
+        initialization: RowInitialization,
+        learn_zero_row: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.candidate_bits: tuple[int, ...] = check_candidate_bits(candidate_bits)
+        self.embedding_dim = embedding_dim
+        self.table_number: dict[str, int] = {table: t for t, table in enumerate(num_embeddings)}
+        self.num_embeddings = dict(num_embeddings)
+        self.num_rows = sum(num_embeddings.values())
+        if device is not None and device.type == "meta":
+            device = None  # learned values cannot live there: materializing the model would lose them
+        half_codes = [2.0 ** (b - 1) if b else 1.0 for b in self.candidate_bits]
+        step_sizes = [2 * initialization.mean_absolute_value / math.sqrt(h) for h in half_codes]
+        self.alpha = nn.Parameter(torch.tensor(step_sizes, device=device))
+        self.beta = nn.Parameter(torch.zeros(embedding_dim, device=device))
+        self.zero_rows: nn.Parameter | None = None
+        if learn_zero_row and 0 in self.candidate_bits:
+            self.zero_rows = nn.Parameter(torch.zeros(len(num_embeddings), embedding_dim, device=device))
+        numel = self.num_rows * embedding_dim
+        self._gradient_scale = [1 / math.sqrt(h * numel) for h in half_codes]
+
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """What the rows ``start`` to ``stop`` of a table belong to, on CPU: see :class:`Bags`."""
+        raise NotImplementedError
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        """Hold the tables' frequency ranks in another form, such as sharded over the ranks of a job."""
+        raise NotImplementedError
+
+    def _register_layout_digest(self) -> None:
+        """Counts or plan make the row maps again, so that only a digest of them is in the state dict."""
+        digest = hashlib.sha256(str(self.candidate_bits).encode())
+        for table, rows in self.num_embeddings.items():
+            for start in range(0, rows, _DIGEST_ROWS):
+                digest.update(self.row_map(table, start, min(start + _DIGEST_ROWS, rows)).numpy().tobytes())
+        number = int.from_bytes(digest.digest()[:8], "little", signed=True)
+        self.register_buffer("layout_digest", torch.tensor(number, device=self.alpha.device))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}layout_digest")
+        if loaded is not None and int(loaded) != int(self.layout_digest):
+            error_messages: list[str] = args[-1]
+            error_messages.append(
+                f"{prefix}layout_digest: the saved quantizer of tables {', '.join(self.table_number)} was prepared "
+                "with other counts, groups or bit-widths; prepare the model with the same counts and config, or plan"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def step_sizes(self) -> Tensor:
+        """The positive step size of each candidate bit-width, [m]."""
+        return self.alpha.abs() + _MIN_STEP_SIZE
+
+    def step_size_of_width(self) -> Tensor:
+        """Step sizes by bit-width, float32 [9], 0 where the width is no candidate and for width 0; detached."""
+        by_width = torch.zeros(MAX_BITS + 1, dtype=self.alpha.dtype, device=self.alpha.device)
+        for bits, step in zip(self.candidate_bits, self.step_sizes().detach(), strict=True):
+            if bits:
+                by_width[bits] = step
+        return by_width
+
+    def zero_row(self, table: str) -> Tensor:
+        """What the 0-bit rows of a table read, [D], detached."""
+        if self.zero_rows is None:
+            return torch.zeros_like(self.beta.detach())
+        return self.zero_rows.detach()[self.table_number[table]]
+
+    def _shared(self, dtype: torch.dtype, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Alpha, beta, zero rows and gradient scale as the ops take them."""
+        scale = torch.tensor(self._gradient_scale, dtype=dtype, device=self.alpha.device)
+        zero_rows = None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype)
+        return self.step_sizes().to(dtype), self.beta[columns].to(dtype), zero_rows, scale
+
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        """Quantize looked-up rows and pool them into their bags.
+
+        Args:
+            rows (Tensor): [N, local D] values, float32 or float64.
+            bags (Bags): the N ids and their bags.
+            columns (slice): the columns that ``rows`` holds, all by default.
+            gradient_factor (float): multiplies the gradients of this module's parameters, not those of ``rows``.
+
+        Returns:
+            Tensor: [bags, local D], or [B, F * local D] side by side.
+        """
+        raise NotImplementedError
+
+
+class SearchQuantizer(RowQuantizer):
+    """A :class:`RowQuantizer` that learns a probability per feature group and candidate bit-width.
+
+    Args:
+        groups (FeatureGroups): the groups of the tables.
+        config (SearchConfig): candidate bit-widths, temperature and the rest.
+        num_embeddings, embedding_dim, device: as :class:`RowQuantizer`.
+
+    Parameters:
+        gamma (Tensor): float32 [G, m], starts at 0.
+    """
+
+    def __init__(
+        self,
+        groups: FeatureGroups,
+        num_embeddings: Mapping[str, int],
+        embedding_dim: int,
+        config: SearchConfig,
+        device: torch.device | None = None,
+    ) -> None:
+        learn_zero_row = config.zero_row == "learned"
+        super().__init__(
+            num_embeddings, embedding_dim, config.candidate_bits, config.initialization, learn_zero_row, device
+        )
+        self.config = config
+        self.groups = groups
+        self.gamma = nn.Parameter(torch.zeros(groups.num_groups, len(self.candidate_bits), device=self.alpha.device))
+        self._register_layout_digest()
+
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The feature group of the rows ``start`` to ``stop`` of a table, int16 or int32 [stop - start], on CPU."""
+        return self.groups.group_of_rows(table, start, stop)
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        self.groups = replace(self.groups, ranks=make(self.groups.ranks))
+
+    def probabilities(self) -> Tensor:
+        """``softmax(gamma / temperature)``, [G, m]."""
+        return torch.softmax(self.gamma / self.config.temperature, dim=1)
+
+    def expected_bits(self) -> Tensor:
+        """Expected bit-width of each group, [G]."""
+        bits = torch.tensor(self.candidate_bits, dtype=self.gamma.dtype, device=self.gamma.device)
+        return (self.probabilities() * bits).sum(1)
+
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
+        return expected_embedding_bag(
+            rows,
+            bags.ids,
+            bags.offsets,
+            bags.bags_per_feature,
+            bags.first_row,
+            bags.num_rows,
+            bags.table,
+            bags.pooling_mode,
+            bags.row_map,
+            self.probabilities().to(rows.dtype),
+            alpha,
+            beta,
+            zero_rows,
+            self.candidate_bits,
+            scale,
+            bags.per_sample_weights,
+            bags.index,
+            bags.row_offsets,
+            gradient_factor=gradient_factor,
+            side_by_side=bags.side_by_side,
+        )
+
+
+class RetrainQuantizer(RowQuantizer):
+    """A :class:`RowQuantizer` with one fixed bit-width per row.
+
+    Args:
+        widths (Mapping[str, TableBitWidths]): the bit-widths of each table, in order.
+        embedding_dim, candidate_bits, initialization, learn_zero_row, device: as :class:`RowQuantizer`.
+
+    Raises:
+        ValueError: if a row's bit-width is not among the candidates.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, TableBitWidths],
+        embedding_dim: int,
+        candidate_bits: Sequence[int],
+        initialization: RowInitialization,
+        learn_zero_row: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        num_embeddings = {table: w.num_embeddings for table, w in widths.items()}
+        super().__init__(num_embeddings, embedding_dim, candidate_bits, initialization, learn_zero_row, device)
+        self.widths: Mapping[str, TableBitWidths] = dict(widths)
+        for table, w in widths.items():
+            if not set(w.bits) <= set(self.candidate_bits):
+                raise ValueError(
+                    f"a row of table {table} has a bit-width not among the candidates {self.candidate_bits}"
+                )
+        self._candidate_of_width = torch.zeros(MAX_BITS + 1, dtype=torch.uint8)
+        self._candidate_of_width[list(self.candidate_bits)] = torch.arange(len(self.candidate_bits), dtype=torch.uint8)
+        self._register_layout_digest()
+
+    def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The candidate, as an index, of the rows ``start`` to ``stop``, uint8 [stop - start], on CPU."""
+        return self._candidate_of_width[self.widths[table].of_rows(start, stop).long()]
+
+    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
+        self.widths = _WidthsOverRanks(self.widths, make({table: w.ranks for table, w in self.widths.items()}))
+
+    def load_from(self, other: RowQuantizer) -> None:
+        """Take over alpha, beta and the 0-bit vectors of another quantizer of the same tables."""
+        with torch.no_grad():
+            for k, bits in enumerate(self.candidate_bits):
+                if bits in other.candidate_bits:
+                    self.alpha[k] = other.alpha[other.candidate_bits.index(bits)]
+            self.beta.copy_(other.beta)
+            if self.zero_rows is not None and other.zero_rows is not None:
+                self.zero_rows.copy_(other.zero_rows)
+
+    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
+        return fixed_embedding_bag(
+            rows,
+            bags.ids,
+            bags.offsets,
+            bags.bags_per_feature,
+            bags.first_row,
+            bags.num_rows,
+            bags.table,
+            bags.pooling_mode,
+            bags.row_map,
+            alpha,
+            beta,
+            zero_rows,
+            self.candidate_bits,
+            scale,
+            bags.per_sample_weights,
+            bags.index,
+            bags.row_offsets,
+            gradient_factor=gradient_factor,
+            side_by_side=bags.side_by_side,
+        )

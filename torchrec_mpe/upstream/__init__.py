@@ -1,0 +1,1 @@
+"""Whatever TorchRec, FBGEMM, torch and others do not promise to keep, wrapped and named for what it is needed for."""
