@@ -8,30 +8,24 @@ one model, one batch size and one set of learning rates. Sizes are of the emitte
 0-bit vectors and padding.
 """
 
-import argparse
-import json
-import logging
 import multiprocessing
 import statistics
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from click_logs import one_quiet_thread, parser_of, prepare_splits, write_records
 from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
-from torchrec_mpe.app.data.synthetic import write_synthetic_log
-from torchrec_mpe.app.hardware import cpu_name
-from torchrec_mpe.app.training.methods import Job, Method, run_method, tables_and_counts
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
-from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.app.training.settings import Settings
+from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.precision.from_frequencies import cut_precision
-from torchrec_mpe.upstream.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Entry:
     label: str
     method: str
     resets: int = 3
-    search: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     cut_ratio: float = 0
 
 
@@ -55,17 +49,17 @@ class Goal:
     ratio: float = 0
 
 
-PAPER = {"grouping": "paper", "penalty": "paper"}
+PAPER = {"grouping": "paper", "penalty_kind": "paper"}
 CIAO = [
     Entry("fp32", "fp32", 0),
     Entry("fp32, 3 resets", "fp32"),
     Entry("uniform:6", "uniform:6"),
     Entry("cut at 30x", "cut", cut_ratio=30),
     Entry("cut at 60x", "cut", cut_ratio=60),
-    Entry("mpe, lambda 1e-3", "mpe", search={"penalty_weight": 1e-3}),
+    Entry("mpe, lambda 1e-3", "mpe", settings={"penalty": 1e-3}),
     Entry("mpe, lambda 1e-2 (default)", "mpe"),
-    Entry("mpe as in the paper, lambda 1e-5", "mpe", search={**PAPER, "penalty_weight": 1e-5}),
-    Entry("mpe as in the paper, lambda 1e-4", "mpe", search={**PAPER, "penalty_weight": 1e-4}),
+    Entry("mpe as in the paper, lambda 1e-5", "mpe", settings={**PAPER, "penalty": 1e-5}),
+    Entry("mpe as in the paper, lambda 1e-4", "mpe", settings={**PAPER, "penalty": 1e-4}),
     Entry("rule:30", "rule:30"),
     Entry("rule:60", "rule:60"),
     Entry("rule:100", "rule:100"),
@@ -77,13 +71,13 @@ GENERATED = [
     Entry("fp32, 3 resets", "fp32"),
     Entry("uniform:6", "uniform:6"),
     Entry("cut at 60x", "cut", cut_ratio=60),
-    Entry("mpe, lambda 3e-3", "mpe", search={"penalty_weight": 3e-3}),
+    Entry("mpe, lambda 3e-3", "mpe", settings={"penalty": 3e-3}),
     Entry("mpe, lambda 1e-2 (default)", "mpe"),
-    Entry("mpe, lambda 2e-2", "mpe", search={"penalty_weight": 2e-2}),
-    Entry("mpe, global groups, lambda 3e-3", "mpe", search={"grouping": "paper", "penalty_weight": 3e-3}),
-    Entry("mpe, global groups, lambda 1e-2", "mpe", search={"grouping": "paper", "penalty_weight": 1e-2}),
-    Entry("mpe as in the paper, lambda 1e-5", "mpe", search={**PAPER, "penalty_weight": 1e-5}),
-    Entry("mpe as in the paper, lambda 1e-4", "mpe", search={**PAPER, "penalty_weight": 1e-4}),
+    Entry("mpe, lambda 2e-2", "mpe", settings={"penalty": 2e-2}),
+    Entry("mpe, global groups, lambda 3e-3", "mpe", settings={"grouping": "paper", "penalty": 3e-3}),
+    Entry("mpe, global groups, lambda 1e-2", "mpe", settings={"grouping": "paper", "penalty": 1e-2}),
+    Entry("mpe as in the paper, lambda 1e-5", "mpe", settings={**PAPER, "penalty": 1e-5}),
+    Entry("mpe as in the paper, lambda 1e-4", "mpe", settings={**PAPER, "penalty": 1e-4}),
     Entry("rule:30", "rule:30"),
     Entry("rule:60", "rule:60"),
     Entry("rule:100", "rule:100"),
@@ -99,25 +93,24 @@ CIAO_GOALS = [
 
 def run_entry(entry: Entry, folder: str, seed: int) -> dict[str, Any]:
     """One method with one seed, in a process of its own with one thread."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    data = PreparedDataset.open(folder)
-    job = Job(resets=entry.resets, progress=False)
-    job = replace(job, search=replace(job.search, **entry.search))
-    name = f"cut:4:{_cut_fraction(data, job.embedding_dim, entry.cut_ratio)}" if entry.cut_ratio else entry.method
-    with process_group(job.device):
-        record = run_method(Method.parse(name), data, job, seed).record
+    one_quiet_thread()
+    job = Job(
+        Method.parse("fp32"),
+        PreparedDataset.open(folder),
+        Settings(seed=seed, resets=entry.resets, **entry.settings),
+    )
+    name = f"cut:4:{_cut_fraction(job, entry.cut_ratio)}" if entry.cut_ratio else entry.method
+    with process_group(job.run.device):
+        record = run_pipeline(replace(job, method=Method.parse(name))).record
     return {**record, "label": entry.label, "resets": entry.resets}
 
 
-def _cut_fraction(data: PreparedDataset, dim: int, ratio: float) -> float:
+def _cut_fraction(job: Job, ratio: float) -> float:
     """The share of rows at 4 bits whose packed bytes meet a compression ratio."""
-    tables, counts = tables_and_counts(data, dim)
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        report = cut_precision(counts, tables, 4, middle).size_report()
+        report = cut_precision(job.counts, job.tables, 4, middle).size_report()
         if report.compression_ratio > ratio:
             low = middle
         else:
@@ -194,27 +187,11 @@ def generated_entries(records: Sequence[Mapping[str, Any]]) -> tuple[list[Entry]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--ciao", type=Path, help="CSV with user,item,category,rating")
-    which.add_argument("--generated", action="store_true", help="the demo's generated log")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = parser_of(__doc__)
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--json", type=Path, help="write every run's record here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [f"{temporary}/seed{seed}" for seed in range(options.seeds)]
-        if options.generated:
-            write_synthetic_log(f"{temporary}/log.tsv", progress=False)
-        for seed, folder in enumerate(folders):
-            if options.generated:
-                prepare_criteo(f"{temporary}/log.tsv", folder, min_count=1, seed=seed, progress=False)
-            else:
-                fields = ["user", "item", "category"]
-                prepare_csv(
-                    options.ciao, folder, label="rating", positive="==5", fields=fields, min_count=1, seed=seed,
-                    progress=False,
-                )  # fmt: skip
+        folders = prepare_splits(options, Path(temporary))
         if options.generated:
             records = run_all(GENERATED, folders, options.processes)
             rivals, goals = generated_entries(records)
@@ -222,10 +199,7 @@ def main() -> None:
         else:
             records, goals = run_all(CIAO, folders, options.processes), CIAO_GOALS
     summary = summarize(records)
-    if options.json:
-        document = {"machine": cpu_name(), "versions": installed_versions()}
-        with atomic_file(options.json) as file:
-            file.write_text(json.dumps([{**r, **document} for r in records], indent=1) + "\n")
+    write_records(options.json, records)
     print(table(summary))
     print()
     print("\n".join(check_goals(summary, goals)))

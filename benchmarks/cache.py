@@ -22,12 +22,10 @@ auc: the change of the test AUC to fp32 with the same seed (split, initial rows,
 """
 
 import argparse
-import logging
 import math
 import multiprocessing
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +33,7 @@ from typing import Any
 
 import torch
 from cache_workload import Steps, Workload, counted, module_bytes, network, this_device
+from click_logs import one_quiet_thread, prepare_ciao
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from measure import interleave, medians, ratio, versions, write_json
@@ -42,9 +41,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_csv
-from torchrec_mpe.app.training.methods import Job, Method, run_method
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.settings import Settings
+from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.statistics import CacheStatistics
 from torchrec_mpe.files.text_table import text_table
@@ -211,17 +212,15 @@ def auc_variants(quick: bool) -> dict[str, CacheConfig | None]:
 def run_seed(work: tuple[Mapping[str, CacheConfig | None], str, int, int]) -> list[Record]:
     """Every variant with one seed, in a process of its own with one thread."""
     variants, folder, dim, seed = work
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    job = Job(embedding_dim=dim, resets=0, progress=False)
+    one_quiet_thread()
     data = PreparedDataset.open(folder)
     records = []
-    with process_group(job.device):
+    with process_group(torch.device("cpu")):
         for name, config in variants.items():
             method = Method.parse("fp32") if config is None else Method("cache", "cache", (), config)
             own_seed = seed + 1000 if name == AGAIN else seed
-            records.append({**run_method(method, data, job, own_seed).record, "variant": name, "seed": seed})
+            job = Job(method, data, Settings(seed=own_seed, dim=dim, resets=0))
+            records.append({**run_pipeline(job).record, "variant": name, "seed": seed})
     return records
 
 
@@ -353,10 +352,7 @@ def measure(options: argparse.Namespace, temporary: Path) -> Iterator[Record]:
     folders = [temporary / f"seed{seed}" for seed in range(seeds if "auc" in options.only else 1)]
     if data is not None and {"auc", "hits"} & set(options.only):
         for seed, folder in enumerate(folders):
-            fields = ["user", "item", "category"]
-            prepare_csv(
-                data, folder, label="rating", positive="==5", fields=fields, min_count=1, seed=seed, progress=False
-            )
+            prepare_ciao(data, folder, seed)
     if "memory" in options.only:
         yield from memory(100_000 if quick else 1_000_000, 10 if quick else 60, (16, 64) if quick else DIMS)
     if "step" in options.only:

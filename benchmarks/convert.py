@@ -8,50 +8,44 @@ with step sizes, offset and 0-bit row of each table fitted to the trained rows: 
 (`torchrec-mpe convert`), and by the frequency rule (one more bit per fourfold count) at the same bytes.
 """
 
-import argparse
-import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from click_logs import one_quiet_thread, parser_of, prepare_splits, write_records
 from safetensors.torch import save_file
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
-from torchrec_mpe.app.data.synthetic import write_synthetic_log
-from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.app.training.loop import evaluate
-from torchrec_mpe.app.training.methods import Job, Method, run_method, tables_and_counts
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
-from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.app.training.settings import Settings
+from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.inference.convert.convert import convert_checkpoint
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.packing.pack import TableToPack, pack_tables
 from torchrec_mpe.precision.from_frequencies import precision_from_frequencies
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.precision.row_errors import quantized_rows
-from torchrec_mpe.upstream.versions import installed_versions
 
 RATIOS = (4.0, 8.0, 16.0, 30.0)
 _SCALES = (9 + 16 + 1) * 4  # bytes of a table's own alpha, beta and their index, which the rule's plan counts once
 
 
-def run_seed(data: PreparedDataset, seed: int, resets: int, folder: Path) -> list[dict[str, Any]]:
+def run_seed(job: Job, folder: Path) -> list[dict[str, Any]]:
     """Train one fp32 model, convert it at every ratio both ways, and evaluate on the test rows."""
-    job = Job(resets=resets, progress=False)
-    tables, counts = tables_and_counts(data, job.embedding_dim)
-    with process_group(job.device):
-        outcome = run_method(Method.parse("fp32"), data, job, seed)
+    tables, counts, seed = job.tables, job.counts, job.settings.seed
+    with process_group(job.run.device):
+        outcome = run_pipeline(job)
         model: Any = outcome.model.module
         rows = {table.name: torch.zeros(table.num_embeddings, table.embedding_dim) for table in tables}
         for name, row, column, values in model.embedding_bag_collection.local_shards():
@@ -63,7 +57,7 @@ def run_seed(data: PreparedDataset, seed: int, resets: int, folder: Path) -> lis
     def record(method: str, asked: float, packed: PackedEmbeddingBagCollection, seconds: float) -> None:
         model.embedding_bag_collection = packed
         report = packed.size_report()
-        auc = evaluate(model, data, "test", job.device)["auc"]
+        auc = evaluate(model, job.data, "test", job.run.device)["auc"]
         records.append(
             {"seed": seed, "method": method, "asked": asked, "auc": auc, "bytes": report.total, "seconds": seconds}
             | {"ratio": report.compression_ratio}
@@ -151,36 +145,18 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--ciao", type=Path, help="CSV with user,item,category,rating")
-    which.add_argument("--generated", action="store_true", help="the demo's generated log")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = parser_of(__doc__)
     parser.add_argument("--resets", type=int, default=0, help="of the rows while training fp32 (default: 0)")
-    parser.add_argument("--json", type=Path, help="write every record here")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
+    one_quiet_thread()
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        if options.generated:
-            write_synthetic_log(f"{temporary}/log.tsv", progress=False)
-        for seed in tqdm(range(options.seeds), desc="seeds", unit="seed"):
-            folder = f"{temporary}/seed{seed}"
-            if options.generated:
-                prepare_criteo(f"{temporary}/log.tsv", folder, min_count=1, seed=seed, progress=False)
-            else:
-                fields = ["user", "item", "category"]
-                prepare_csv(
-                    options.ciao, folder, label="rating", positive="==5", fields=fields, min_count=1, seed=seed,
-                    progress=False,
-                )  # fmt: skip
-            records += run_seed(PreparedDataset.open(folder), seed, options.resets, Path(temporary))
-    if options.json:
-        document = {"machine": cpu_name(), "versions": installed_versions()}
-        with atomic_file(options.json) as file:
-            file.write_text(json.dumps([{**r, **document} for r in records], indent=1) + "\n")
+        folders = prepare_splits(options, Path(temporary))
+        for seed, folder in enumerate(tqdm(folders, desc="seeds", unit="seed")):
+            settings = Settings(seed=seed, resets=options.resets)
+            job = Job(Method.parse("fp32"), PreparedDataset.open(folder), settings)
+            records += run_seed(job, Path(temporary))
+    write_records(options.json, records)
     print(table(records))
 
 

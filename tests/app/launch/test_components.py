@@ -17,7 +17,7 @@ from torchx.specs import AppDef
 from torchx.specs.finder import get_component
 
 import torchrec_mpe.app.launch.components as components
-from torchrec_mpe.app.launch.options import parser
+from torchrec_mpe.app.launch.command_line import parser
 
 _ARGUMENTS = {
     "search": ["--format", "criteo", "--data", "/data/log.tsv", "--out", "/out/search"],

@@ -5,16 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 import torchrec_mpe as mpe
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.data.prepare_log import prepare_criteo
 from torchrec_mpe.app.data.synthetic import write_synthetic_log
 from torchrec_mpe.app.launch.trainer import main
-from torchrec_mpe.app.training.loop import Hyperparameters
-from torchrec_mpe.app.training.methods import Job, Method, run_method
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.settings import Settings
+from torchrec_mpe.app.training.stages import Job
 
 _SETTINGS = ["--dim", "4", "--batch-size", "64", "--seed", "3", "--device", "cpu", "--checkpoint-every", "20"]
 
@@ -40,12 +41,9 @@ def arguments(command: str, data: PreparedDataset, out: Path) -> list[str]:
 
 def test_the_stages_come_to_what_run_does_in_one_process(data: PreparedDataset, pipeline: Path) -> None:
     """Bit for bit, though each stage goes through a checkpoint."""
-    job = Job(
-        embedding_dim=4, resets=2, hyperparameters=Hyperparameters(batch_size=64), device=torch.device("cpu"),
-        progress=False,
-    )  # fmt: skip
-    with process_group(job.device):
-        outcome = run_method(Method.parse("mpe"), data, job, seed=3)
+    job = Job(Method.parse("mpe"), data, Settings(seed=3, dim=4, resets=2, batch_size=64))
+    with process_group(job.run.device):
+        outcome = run_pipeline(job)
     assert outcome.plan is not None
     plan = mpe.PrecisionPlan.load(pipeline / "search" / "plan.json")
     assert {name: table.bits for name, table in plan.tables.items()} == {
@@ -58,7 +56,7 @@ def test_the_stages_come_to_what_run_does_in_one_process(data: PreparedDataset, 
     assert counts["t_C1"].tolist() == data.counts("C1").tolist()
     logged = [json.loads(line) for line in (pipeline / "retrain" / "steps.jsonl").read_text().splitlines()]
     assert [line["validation_auc"] for line in logged if "validation_auc" in line] == [
-        curve.validation[0]["auc"] for curve in outcome.curves[1:]
+        curve.validation[0]["auc"] for phase, curve in outcome.curves.items() if phase != "search"
     ]
 
 

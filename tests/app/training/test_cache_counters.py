@@ -19,8 +19,9 @@ from torchrec_mpe.app.training.cache_counters import (
     fp32_training_bytes,
     stored_bytes,
 )
-from torchrec_mpe.app.training.loop import Hyperparameters, shard, train_phase
+from torchrec_mpe.app.training.loop import shard, train_phase
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.settings import RunSettings, Settings
 from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.statistics import CacheStatistics
 
@@ -50,15 +51,13 @@ class _Data:
 def test_counters_bytes_and_flush(cache: CacheConfig | None) -> None:
     torch.manual_seed(0)
     with process_group(CPU):
-        model = shard(build_model("dnn", TABLES, 0, device=CPU, cache=cache), Hyperparameters(batch_size=16), CPU)
+        model = shard(build_model("dnn", TABLES, 0, device=CPU, cache=cache), 16, RunSettings())
         curve = train_phase(
             model,
             _Data(),  # type: ignore[arg-type]
-            Hyperparameters(batch_size=16),
+            Settings(batch_size=16),
+            0,
             phase="train",
-            epochs=1,
-            seed=0,
-            progress=False,
         )
         if cache is None:
             assert curve.caches == [] and cached_bytes(model) == {} and stored_bytes(model) == 0

@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mpe import MPEEmbeddingBagCollection
 from torchrec_mpe.app.models import build_model
 from torchrec_mpe.app.training.loop import evaluate
-from torchrec_mpe.app.training.methods import Method
+from torchrec_mpe.app.training.method import Method
 from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.errors import UserError
 

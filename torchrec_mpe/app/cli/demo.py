@@ -4,9 +4,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from torchrec_mpe.app.cli.run import add_run_options, check_options, compare, no_empty_folder
+from torchrec_mpe.app.cli.run import add_run_options, check, compare, no_empty_folder
 from torchrec_mpe.app.data.prepare_log import prepare_criteo
 from torchrec_mpe.app.data.synthetic import write_synthetic_log
+from torchrec_mpe.app.training.stages import Job
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,10 +21,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Generate a log in Criteo's format, prepare it and compare methods on it."""
     options.method = options.method or ["fp32", "rule:100", "mpe"]
-    methods, job = check_options(options)
+    methods, settings, how = check(options)
     with no_empty_folder(options.out), tempfile.TemporaryDirectory() as folder:
         options.data = Path("generated log")
         log = Path(folder) / "generated-log.tsv"
         write_synthetic_log(log, rows=options.rows, progress=not options.quiet)
         data = prepare_criteo(log, options.out / "data", min_count=1, progress=not options.quiet)
-        return compare(options, data, methods, job)
+        return compare(options, [Job(method, data, settings, how) for method in methods])

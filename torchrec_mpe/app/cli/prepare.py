@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from torchrec_mpe.app.data.data_options import add_data_options, prepare_data, print_notes
+from torchrec_mpe.app.data.formats import add_data_options, prepare_data, print_notes
+from torchrec_mpe.app.data.split import SPLITS
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     """Prepare a log and say what came out."""
     data = prepare_data(options, options.out, progress=not options.quiet)
     print_notes(data)
-    rows = {split: data.num_rows(split) for split in ("train", "validation", "test")}
+    rows = {split: data.num_rows(split) for split in SPLITS}
     print(f"{options.out}: " + ", ".join(f"{n:,} {split} rows" for split, n in rows.items()))
     for field in data.fields:
         print(f"  {field.name}: {field.num_embeddings:,} ids{', several a row' if field.multi_valued else ''}")

@@ -2,32 +2,33 @@
 
 import argparse
 import json
-import logging
 import os
 import platform
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from torchrec_mpe.app.cli.result_table import result_table
-from torchrec_mpe.app.data.data_options import add_data_options, prepare_data, print_notes
-from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.formats import add_data_options, prepare_data, print_notes
+from torchrec_mpe.app.data.split import SPLITS
 from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.app.report.data import ReportData
 from torchrec_mpe.app.report.write import write_report
-from torchrec_mpe.app.training.loop import Hyperparameters
-from torchrec_mpe.app.training.methods import Job, Method, Outcome, check_fit, run_method
+from torchrec_mpe.app.training.method import FORMS, Method
+from torchrec_mpe.app.training.options import add_device, add_settings, check_options, run_settings_of, settings_of
+from torchrec_mpe.app.training.pipeline import Outcome, run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.quiet import quiet_dependencies
+from torchrec_mpe.app.training.settings import RunSettings, Settings
+from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.inference.artifact.save_load import save
-from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.upstream.versions import __version__, installed_versions
 
 
@@ -41,32 +42,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of training and output, which `demo` shares."""
-    group = parser.add_argument_group("training")
+    group = parser.add_argument_group("methods")
     group.add_argument(
         "--method",
         nargs="+",
         action="extend",
         metavar="METHOD",
-        help="fp32, cache:int8:FRACTION, cache:int4:FRACTION (of the rows that the cache holds; perhaps with :lru or "
-        ":lfu), uniform:BITS, cut:BITS:FRACTION, rule:RATIO, mpe; several allowed (default: fp32 rule:60 mpe)",
+        help=f"{', '.join(FORMS)}; of caches the fraction of rows that they hold, perhaps with :lru or :lfu; several "
+        "allowed (default: fp32 rule:60 mpe)",
     )
     group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more seeds (default: 0)")
-    group.add_argument("--model", choices=["dlrm", "dnn"], default="dnn", help="(default: dnn)")
-    group.add_argument("--dim", type=int, default=16, help="embedding dimension, a multiple of 4 (default: 16)")
-    group.add_argument("--epochs", type=int, default=1, help="passes over the training rows a phase (default: 1)")
-    group.add_argument(
-        "--resets",
-        type=int,
-        default=3,
-        help="how often rows go back to their initial values; phases are one more (default: 3)",
-    )
-    group.add_argument("--batch-size", type=int, default=512, help="(default: 512)")
-    group.add_argument(
-        "--penalty", type=float, default=SearchConfig.penalty_weight, help="mpe: lambda (default: %(default)s)"
-    )
-    group.add_argument("--penalty-kind", choices=["bits", "paper"], default="bits", help="mpe (default: bits)")
-    group.add_argument("--grouping", choices=["log_rank", "paper"], default="log_rank", help="mpe (default: log_rank)")
-    group.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
+    add_settings(parser, without=["seed"])
+    add_device(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, help="folder for models, plans and the report")
     output.add_argument("--json", type=Path, help="also write the results to this file")
@@ -75,11 +62,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare the data, run every method with every seed, and report."""
-    methods, job = check_options(options)
+    methods, settings, how = check(options)
     with no_empty_folder(options.out):
         data = prepare_data(options, options.out / "data", progress=not options.quiet)
         print_notes(data)
-        return compare(options, data, methods, job)
+        return compare(options, [Job(method, data, settings, how) for method in methods])
 
 
 @contextmanager
@@ -93,7 +80,7 @@ def no_empty_folder(path: Path) -> Iterator[None]:
         raise
 
 
-def check_options(options: argparse.Namespace) -> tuple[list[Method], Job]:
+def check(options: argparse.Namespace) -> tuple[list[Method], Settings, RunSettings]:
     """Methods and settings from the options, before any work is done.
 
     Raises:
@@ -105,145 +92,87 @@ def check_options(options: argparse.Namespace) -> tuple[list[Method], Job]:
     if options.json is not None and options.json.is_dir():
         raise UserError(f"--json {options.json} is a folder: give the path of a file")
     methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "rule:60", "mpe"])]
-    for name, least in (("dim", 4), ("epochs", 1), ("batch_size", 2), ("resets", 0), ("min_count", 1)):
-        if getattr(options, name, least) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
-    if options.dim % 4:
-        raise UserError(f"--dim must be a multiple of 4, as FBGEMM's tables need, got {options.dim}")
-    if not 0 <= options.penalty < float("inf"):
-        raise UserError(f"--penalty must not be negative, got {options.penalty}")
-    if any(seed < 0 for seed in options.seed):
-        raise UserError(f"--seed must not be negative, got {min(options.seed)}")
-    if any(m.kind == "mpe" for m in methods) and options.resets < 1:
-        raise UserError("--resets must be at least 1 with method mpe: it searches first and retrains after a reset")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU; `torchrec-mpe doctor` says why")
+    check_options(options, searches=any(method.searches for method in methods))
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"--out {options.out} already exists and is not an empty folder: choose another")
-    job = Job(
-        model=options.model,
-        embedding_dim=options.dim,
-        epochs=options.epochs,
-        resets=options.resets,
-        search=SearchConfig(grouping=options.grouping, penalty=options.penalty_kind, penalty_weight=options.penalty),
-        hyperparameters=Hyperparameters(batch_size=options.batch_size),
-        device=_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        progress=not options.quiet,
-    )
-    return methods, job
+    how = replace(run_settings_of(options), progress=not options.quiet)
+    return methods, settings_of(options, seed=options.seed[0]), how
 
 
-def _device(kind: str) -> torch.device:
-    if kind == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def compare(options: argparse.Namespace, data: PreparedDataset, methods: Sequence[Method], job: Job) -> int:
-    """Run methods and seeds; each result is written as it is complete."""
-    _quiet_dependencies()
-    if data.num_rows("train") < options.batch_size:
-        raise UserError(
-            f"{options.data} has {data.num_rows('train')} training rows, fewer than one batch of {options.batch_size}: "
-            "use a smaller --batch-size"
-        )
-    for method in methods:
-        check_fit(method, data, job)
-    outcomes: list[tuple[Method, Outcome]] = []
-    with process_group(job.device):
+def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    """Run one job a method, with every seed; each result is written as it is complete."""
+    quiet_dependencies()
+    outcomes: list[Outcome] = []
+    with process_group(jobs[0].run.device):
+        for job in jobs:
+            job.check()
         for seed in options.seed:
-            for method in methods:
-                outcome = run_method(method, data, job, seed)
-                folder = options.out / f"{method.name.replace(':', '-')}-seed{seed}"
+            for job in jobs:
+                outcome = run_pipeline(replace(job, settings=replace(job.settings, seed=seed)))
+                r = outcome.record
+                folder = options.out / f"{r['method'].replace(':', '-')}-seed{seed}"
                 if outcome.plan is not None:
                     outcome.plan.save(folder / "plan.json")
-                    save(outcome.model, folder / "artifact", plan=outcome.plan, metadata={"result": outcome.record})
+                    save(outcome.model, folder / "artifact", plan=outcome.plan, metadata={"result": r})
                 # The trained model is not kept: the next method needs its memory.
                 outcome.model = torch.nn.Identity()
-                outcomes.append((method, outcome))
+                outcomes.append(outcome)
                 _write_records(options, outcomes)
-                r = outcome.record
                 hits = ""
                 if "hit_rate" in r:
                     ratio = r["fp32_training_bytes"] / r["training_bytes"]
                     hits = f"{r['training_bytes']:,} in training ({ratio:.1f}x), hit rate {r['hit_rate']:.1%}, "
                 print(
-                    f"{method.name} seed {seed}: AUC {r['auc']:.4f}, {r['embedding_bytes']:,} bytes "
+                    f"{r['method']} seed {seed}: AUC {r['auc']:.4f}, {r['embedding_bytes']:,} bytes "
                     f"({r['compression_ratio']:.1f}x), {hits}{r['seconds']:.0f} s",
                     flush=True,
                 )
-    page = write_report(options.out, _report_data(options, data, outcomes, job))
+    page = write_report(options.out, _report_data(options, jobs[0], outcomes))
     print()
-    print(result_table([outcome.record for _, outcome in outcomes]))
+    print(result_table([outcome.record for outcome in outcomes]))
     print(f"\nreport: {page}")
     return 0
 
 
-def _write_records(options: argparse.Namespace, outcomes: Sequence[tuple[Method, Outcome]]) -> None:
+def _write_records(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """The records so far: a run that is cut off keeps what it has finished."""
-    text = json.dumps([outcome.record for _, outcome in outcomes], indent=2) + "\n"
+    text = json.dumps([outcome.record for outcome in outcomes], indent=2) + "\n"
     for path in (options.out / "results.json", options.json):
         if path is not None:
             with atomic_file(path) as temporary:
                 temporary.write_text(text)
 
 
-def _report_data(
-    options: argparse.Namespace, data: PreparedDataset, outcomes: Sequence[tuple[Method, Outcome]], job: Job
-) -> ReportData:
-    first_seed = {m.name: o for m, o in reversed(outcomes)}
+def _report_data(options: argparse.Namespace, job: Job, outcomes: Sequence[Outcome]) -> ReportData:
+    data, settings = job.data, job.settings
+    first_seed = {o.record["method"]: o for o in reversed(outcomes)}
     return ReportData(
         title=f"Mixed-precision embeddings on {Path(options.data).name}",
-        results=[o.record for _, o in outcomes],
+        results=[o.record for o in outcomes],
         curves=[
-            {
-                "method": m.name,
-                "seed": o.record["seed"],
-                "phase": c.phase,
-                "steps": c.steps,
-                "loss": c.loss,
-                "validation": c.validation,
-                "caches": c.caches,
-            }
-            for m, o in outcomes
-            for c in o.curves
+            {"method": o.record["method"], "seed": o.record["seed"], "phase": phase, **vars(curve)}
+            for o in outcomes
+            for phase, curve in o.curves.items()
         ],
         plans={name: o.plan.tables for name, o in first_seed.items() if o.plan is not None},
-        counts={f"t_{field.name}": data.counts(field.name) for field in data.fields},
+        counts=job.counts,
         probabilities={name: o.probabilities for name, o in first_seed.items() if o.probabilities is not None},
-        candidate_bits=job.search.candidate_bits,
-        environment=_environment(job),
-        data=_data_facts(options, data),
+        candidate_bits=settings.search_config.candidate_bits,
+        environment={
+            "torchrec_mpe": __version__,
+            **installed_versions(),
+            "Python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if job.run.device.type == "cuda" else cpu_name(),
+            "threads": str(torch.get_num_threads()),
+            "command": shlex.join(["torchrec-mpe", *sys.argv[1:]]),
+        },
+        data={
+            "log": str(options.data),
+            **{f"{split} rows": data.num_rows(split) for split in SPLITS},
+            "fields": len(data.fields),
+            "ids": sum(field.num_embeddings for field in data.fields),
+            "embedding dimension": settings.dim,
+            "model": settings.model,
+            "resets": settings.resets,
+        },
     )
-
-
-def _environment(job: Job) -> dict[str, str]:
-    device = torch.cuda.get_device_name() if job.device.type == "cuda" else cpu_name()
-    return {
-        "torchrec_mpe": __version__,
-        **installed_versions(),
-        "Python": platform.python_version(),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "command": shlex.join(["torchrec-mpe", *sys.argv[1:]]),
-    }
-
-
-def _data_facts(options: argparse.Namespace, data: PreparedDataset) -> Mapping[str, Any]:
-    facts: dict[str, Any] = {"log": str(options.data)}
-    facts.update({f"{split} rows": data.num_rows(split) for split in ("train", "validation", "test")})
-    facts["fields"] = len(data.fields)
-    facts["ids"] = sum(field.num_embeddings for field in data.fields)
-    facts["embedding dimension"] = options.dim
-    facts["model"] = options.model
-    facts["resets"] = options.resets
-    return facts
-
-
-def _quiet_dependencies() -> None:
-    """TorchRec logs its plans, and torch warns about itself: none of it is for the person who runs this."""
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu|tensordict|torchmetrics")

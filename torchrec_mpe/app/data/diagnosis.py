@@ -89,9 +89,8 @@ def unreadable(log: Log, reason: Exception) -> UserError:
 def _check_cells(log: Log, line: int, names: tuple[str, ...], cells: list[str]) -> None:
     """Raise a UserError unless there is a cell for each name and the used ones are UTF-8."""
     if len(cells) != len(names):
-        layout = " (label, 13 numbers, 26 categories)" if log.format == "criteo" else ""
         raise UserError(
-            f"{log.path}, line {line}: {len(cells)} columns found where {len(names)}{layout} are expected: "
+            f"{log.path}, line {line}: {len(cells)} columns found where {len(names)}{log.layout} are expected: "
             "mend or remove the line"
         )
     for name, cell in zip(names, cells, strict=True):

@@ -30,11 +30,12 @@ class Log:
     """A text log, plain or gzip, and how to read it.
 
     ``header`` holds the names of all columns when the file has no header line, and is None when it has one.
-    ``quoted`` says whether double quotes protect delimiters and line ends, as in CSV.
+    ``quoted`` says whether double quotes protect delimiters and line ends, as in CSV. ``layout`` tells a user of a file
+    without a header line in brackets what the columns are.
     """
 
     path: Path
-    format: Literal["criteo", "csv"]
+    format: str
     label: str
     rule: LabelRule
     columns: tuple[Column, ...]
@@ -42,6 +43,7 @@ class Log:
     header: tuple[str, ...] | None
     delimiter: str
     quoted: bool
+    layout: str = ""
 
     @property
     def used_columns(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ def criteo_log(path: Path) -> Log:
         header=("label", *CRITEO_NUMBERS, *CRITEO_CATEGORIES),
         delimiter="\t",
         quoted=False,
+        layout=" (label, 13 numbers, 26 categories)",
     )
 
 

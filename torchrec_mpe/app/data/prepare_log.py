@@ -51,7 +51,8 @@ def prepare_criteo(
             wrong.
         OSError: if the disk is full or cannot be written; nothing is left behind.
     """
-    return _prepare(criteo_log(Path(path)), Path(out), min_count, split, seed, progress)
+    log = criteo_log(Path(path))
+    return prepare_log(log, Path(out), min_count=min_count, split=split, seed=seed, progress=progress)
 
 
 def prepare_csv(
@@ -102,10 +103,17 @@ def prepare_csv(
         separators=separators,
         time=time,
     )
-    return _prepare(log, Path(out), min_count, split, seed, progress)
+    return prepare_log(log, Path(out), min_count=min_count, split=split, seed=seed, progress=progress)
 
 
-def _prepare(log: Log, out: Path, min_count: int, split: SplitKind, seed: int, progress: bool) -> PreparedDataset:
+def prepare_log(log: Log, out: Path, *, min_count: int, split: SplitKind, seed: int, progress: bool) -> PreparedDataset:
+    """Prepare a log of any format, as :func:`prepare_csv` does.
+
+    Raises:
+        UserError: if the log cannot be read, a cell is not what it should be (with its line number), or an option is
+            wrong.
+        OSError: if the disk is full or cannot be written; nothing is left behind.
+    """
     check_split(split, seed, log.time)
     if min_count < 1:
         raise UserError(f"min_count is {min_count}: give 1 or more")

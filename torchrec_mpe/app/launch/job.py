@@ -6,20 +6,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torchrec_mpe.app.models import ModelKind
-from torchrec_mpe.app.training.loop import Hyperparameters
+from torchrec_mpe.app.training.settings import Settings
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
-from torchrec_mpe.modules.search_config import Grouping, Penalty, SearchConfig
-from torchrec_mpe.precision.row_initialization import RowInitialization
 
 JOB_FILE = "job.json"
 _FORMAT = "torchrec_mpe.job"
 _VERSION = 1
 
 
-@dataclass(frozen=True)
-class JobSettings:
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(Settings):
     """The settings that a stage's result depends on.
 
     Attributes:
@@ -27,45 +24,14 @@ class JobSettings:
         log (Mapping[str, Any]): the log and how it is read, options of the search; empty in a retraining.
         data (str): the folder of prepared data.
         search (Optional[str]): the search's folder, of a retraining.
-        model (str): "dlrm" or "dnn".
-        dim (int): embedding dimension D.
-        epochs (int): passes over the training rows, each time the rows have started anew.
-        resets (int): how often the rows go back to their initial values: the phases of retraining, 0 in a search.
-        batch_size (int): rows a step and rank.
-        seed (int): of the initial rows, the dense network and the rows' order.
-        penalty (float): lambda.
-        penalty_kind (str): "bits" or "paper".
-        grouping (str): "log_rank" or "paper".
+
+    ``resets`` are the phases of retraining, 0 in a search.
     """
 
     stage: str
     log: Mapping[str, Any]
     data: str
     search: str | None
-    model: ModelKind
-    dim: int
-    epochs: int
-    resets: int
-    batch_size: int
-    seed: int
-    penalty: float
-    penalty_kind: Penalty
-    grouping: Grouping
-
-    @property
-    def hyperparameters(self) -> Hyperparameters:
-        """Batch size and learning rates."""
-        return Hyperparameters(batch_size=self.batch_size)
-
-    @property
-    def search_config(self) -> SearchConfig:
-        """The settings of the search phase."""
-        return SearchConfig(
-            grouping=self.grouping,
-            penalty=self.penalty_kind,
-            penalty_weight=self.penalty,
-            initialization=RowInitialization(self.seed),
-        )
 
     def save(self, folder: Path) -> None:
         """Write the job file of a folder."""

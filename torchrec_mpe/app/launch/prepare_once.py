@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from torchrec_mpe.app.data.data_options import prepare_data, print_notes
 from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.formats import FORMATS, prepare_data, print_notes
 from torchrec_mpe.errors import UserError
 
 # Text of a few terabytes: the other ranks have nothing to do meanwhile.
@@ -23,7 +23,7 @@ def prepare_once(options: argparse.Namespace, folder: Path) -> PreparedDataset:
     Raises:
         UserError: for a mistake in the log or in the options, the same on all ranks.
     """
-    if options.format == "prepared":
+    if FORMATS[options.format].read is None:
         return PreparedDataset.open(options.data)
     store = dist.distributed_c10d._get_default_store()
     key = f"torchrec_mpe/prepared/{folder}"

@@ -1,27 +1,28 @@
 """One rank of a job: `torchrun --nproc_per_node 2 -m torchrec_mpe.app.launch.trainer search --format ... --out ...`."""
 
 import argparse
-import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.launch import stages
+from torchrec_mpe.app.launch import stage_folders
+from torchrec_mpe.app.launch.command_line import parser, search_settings
 from torchrec_mpe.app.launch.job import JOB_FILE, JobSettings
 from torchrec_mpe.app.launch.lost_ranks import RankLostError, name_lost_ranks
-from torchrec_mpe.app.launch.options import check, parser, search_settings
 from torchrec_mpe.app.launch.prepare_once import prepare_once
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.options import check_options, run_settings_of
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.quiet import quiet_dependencies
+from torchrec_mpe.app.training.settings import RunSettings
+from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.app.training.step_log import StepLog
 from torchrec_mpe.errors import UserError
 
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @record  # torchelastic's report then has the error, and the line of code that waited
 def _run(options: argparse.Namespace) -> None:
-    check(options)
-    _quiet_dependencies()
-    run = _run_settings(options)
+    check_options(options, searches=True)
+    quiet_dependencies()
+    run = run_settings_of(options)
     with process_group(run.device, run.timeout):
         restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         print(
@@ -61,7 +62,7 @@ def _run(options: argparse.Namespace) -> None:
             os._exit(3)
 
 
-def _run_command(options: argparse.Namespace, run: stages.RunSettings, log: StepLog) -> None:
+def _run_command(options: argparse.Namespace, run: RunSettings, log: StepLog) -> None:
     if options.command == "search":
         _search(options, run, log, options.out)
     elif options.command == "retrain":
@@ -85,17 +86,17 @@ def _warn_of_shared_store() -> None:
         )
 
 
-def _search(options: argparse.Namespace, run: stages.RunSettings, log: StepLog, out: Path) -> None:
+def _search(options: argparse.Namespace, run: RunSettings, log: StepLog, out: Path) -> None:
     settings = search_settings(options, out)
     if _enter(settings, out):
         data = prepare_once(options, Path(settings.data))
-        log.write_to(out / stages.STEPS if dist.get_rank() == 0 else None)
-        stages.search(settings, run, data, out, log)
+        log.write_to(out / stage_folders.STEPS if dist.get_rank() == 0 else None)
+        stage_folders.search(_job(settings, run, data), out, log)
 
 
-def _retrain(options: argparse.Namespace, run: stages.RunSettings, log: StepLog, search: Path, out: Path) -> None:
+def _retrain(options: argparse.Namespace, run: RunSettings, log: StepLog, search: Path, out: Path) -> None:
     searched = JobSettings.load(search)
-    if searched.stage != "search" or not stages.finished(search):
+    if searched.stage != "search" or not stage_folders.finished(search):
         raise UserError(f"{search} is not the folder of a finished search: run the search to its end first")
     given = {name: getattr(options, name) for name in ("epochs", "batch_size", "seed")}
     settings = replace(
@@ -107,21 +108,25 @@ def _retrain(options: argparse.Namespace, run: stages.RunSettings, log: StepLog,
         **{name: value for name, value in given.items() if value is not None},
     )
     if _enter(settings, out):
-        log.write_to(out / stages.STEPS if dist.get_rank() == 0 else None)
-        stages.retrain(settings, run, PreparedDataset.open(settings.data), search, out, log)
+        log.write_to(out / stage_folders.STEPS if dist.get_rank() == 0 else None)
+        stage_folders.retrain(_job(settings, run), search, out, log)
 
 
-def _emit(run: stages.RunSettings, retrained: Path, out: Path) -> None:
+def _emit(run: RunSettings, retrained: Path, out: Path) -> None:
     settings = JobSettings.load(retrained)
-    if settings.stage != "retrain" or not stages.finished(retrained):
+    if settings.stage != "retrain" or not stage_folders.finished(retrained):
         raise UserError(f"{retrained} is not the folder of a finished retraining: run the retraining to its end first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not stages.emitted_from(out, retrained):
+        if not stage_folders.emitted_from(out, retrained):
             raise UserError(f"{out} exists and holds no model packed from {retrained}: choose another folder")
         if dist.get_rank() == 0:
             print(f"{out} holds the packed model: nothing to do", flush=True)
         return
-    stages.emit(settings, run, PreparedDataset.open(settings.data), retrained, out)
+    stage_folders.emit(_job(settings, run), retrained, out)
+
+
+def _job(settings: JobSettings, run: RunSettings, data: PreparedDataset | None = None) -> Job:
+    return Job(Method.parse("mpe"), data or PreparedDataset.open(settings.data), settings, run)
 
 
 def _enter(settings: JobSettings, out: Path) -> bool:
@@ -130,7 +135,7 @@ def _enter(settings: JobSettings, out: Path) -> bool:
     Raises:
         UserError: if the folder is another job's, or this rank does not see what rank 0 wrote.
     """
-    trained = (out / stages.CHECKPOINTS).exists()
+    trained = (out / stage_folders.CHECKPOINTS).exists()
     settings.check_same(out, trained=trained)
     dist.barrier()
     if dist.get_rank() == 0 and not trained:
@@ -141,38 +146,9 @@ def _enter(settings: JobSettings, out: Path) -> bool:
             f"rank {dist.get_rank()} on {socket.gethostname()} does not see {out}, which rank 0 wrote: give a folder "
             "that all nodes share"
         )
-    if stages.finished(out) and dist.get_rank() == 0:
+    if stage_folders.finished(out) and dist.get_rank() == 0:
         print(f"{out} holds a finished {settings.stage}: nothing to do", flush=True)
-    return not stages.finished(out)
-
-
-def _run_settings(options: argparse.Namespace) -> stages.RunSettings:
-    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cpu")
-    if kind == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()} here; start one rank a "
-                "GPU, or give --device cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    return stages.RunSettings(
-        device=device,
-        timeout=timedelta(seconds=options.timeout),
-        checkpoint_every=options.checkpoint_every,
-        checkpoint_asynchronously=options.checkpoint_asynchronously,
-        sharding_types=tuple(options.sharding_types),
-        progress=options.progress,
-    )
-
-
-def _quiet_dependencies() -> None:
-    """TorchRec logs its plans and torch warns about itself, on every rank."""
-    for name in ("torchrec", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|torchrec|fbgemm_gpu|tensordict|torchmetrics")
+    return not stage_folders.finished(out)
 
 
 if __name__ == "__main__":

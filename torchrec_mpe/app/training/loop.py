@@ -1,7 +1,6 @@
 """One phase of training, and evaluation: the loop that a user of the library writes, as the command line has it."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -16,13 +15,14 @@ from torchmetrics.functional.classification import binary_auroc
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.training.cache_counters import cache_statistics
 from torchrec_mpe.app.training.position import Position
+from torchrec_mpe.app.training.settings import RunSettings, Settings
 from torchrec_mpe.app.training.step_log import StepLog
 from torchrec_mpe.cache.statistics import CacheStatistics
 from torchrec_mpe.distributed.default_sharders import sharders
@@ -38,27 +38,10 @@ if TYPE_CHECKING:
 _CURVE_POINTS = 40
 _CACHED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 
-SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
-"""What the planner chooses from by default: the sharding types that run on CPU and on CUDA, fused."""
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """How every method is trained.
-
-    Attributes:
-        batch_size (int): rows a step.
-        row_learning_rate (float): of the rows' row-wise Adagrad, fused into FBGEMM's TBE.
-        learning_rate (float): of Adam for the dense network.
-        quantizer_learning_rate (float): of Adam for alpha, beta, gamma and the 0-bit vectors.
-
-    Adam's learning rates fall linearly to zero over each phase; row-wise Adagrad's steps shrink by themselves.
-    """
-
-    batch_size: int = 512
-    row_learning_rate: float = 0.02
-    learning_rate: float = 1e-3
-    quantizer_learning_rate: float = 1e-3
+_ROW_LEARNING_RATE = 0.02
+"""Of the rows' row-wise Adagrad, fused into FBGEMM's TBE, whose steps shrink by themselves."""
+_LEARNING_RATE = 1e-3
+"""Of Adam for the dense network and for alpha, beta, gamma and the 0-bit vectors; falls linearly to 0 in each phase."""
 
 
 @dataclass
@@ -66,37 +49,31 @@ class Curve:
     """Training log loss by step, averaged over windows, what the caches of this rank's tables counted in each window,
     and validation AUC."""
 
-    phase: str
     steps: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     caches: list[dict[str, CacheStatistics]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
 
 
-def shard(
-    model: nn.Module,
-    settings: Hyperparameters,
-    device: torch.device,
-    sharding_types: Sequence[str] = SHARDING_TYPES,
-) -> DistributedModelParallel:
+def shard(model: nn.Module, batch_size: int, run: RunSettings) -> DistributedModelParallel:
     """A model under DistributedModelParallel, its rows in fused or cached TBEs with row-wise Adagrad.
 
     Args:
         model (nn.Module): its collections in the phase to train; called by all ranks.
-        settings (Hyperparameters): batch size and learning rates.
-        device (torch.device): of this rank.
-        sharding_types (Sequence[str]): values of TorchRec's ShardingType that the planner may choose.
+        batch_size (int): rows a step and rank.
+        run (RunSettings): the device, and what the planner may choose.
 
     Raises:
-        PlannerError: if the tables do not fit into the ranks' memory.
+        UserError: if the tables do not fit into the ranks' memory.
     """
-    fused_params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": settings.row_learning_rate}
+    fused_params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": _ROW_LEARNING_RATE}
     cached = {
         table
         for module in model.modules()
         if isinstance(module, CachedEmbeddingBagCollection)
         for table in module.cache_configs
     }
+    device = run.device
     memory = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory} if device.type == "cuda" else {}
     planner = MPEShardingPlanner(
         topology=Topology(
@@ -105,42 +82,41 @@ def shard(
             compute_device=device.type,
             **memory,
         ),
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         constraints={
             table.name: ParameterConstraints(
-                sharding_types=list(sharding_types),
+                sharding_types=list(run.sharding_types),
                 compute_kernels=[(_CACHED if table.name in cached else EmbeddingComputeKernel.FUSED).value],
             )
             for table in embedding_bag_configs(model)
         },
     )
     chosen = sharders(fused_params)
-    plan = planner.collective_plan(model, chosen, dist.GroupMember.WORLD)
+    try:
+        plan = planner.collective_plan(model, chosen, dist.GroupMember.WORLD)
+    except PlannerError as error:
+        raise UserError(f"the tables cannot be sharded: {error}") from error
     return DistributedModelParallel(model, device=device, plan=plan, sharders=chosen)
 
 
-def optimizer_of(model: DistributedModelParallel, settings: Hyperparameters) -> torch.optim.Optimizer:
+def optimizer_of(model: DistributedModelParallel) -> torch.optim.Optimizer:
     """A fresh Adam for all but the rows, with the quantizers in a parameter group of their own."""
     dense: list[nn.Parameter] = []
     quantizer: list[nn.Parameter] = []
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         (quantizer if ".mpe." in f".{name}" else dense).append(parameter)
-    groups = [{"params": dense, "lr": settings.learning_rate}]
-    if quantizer:
-        groups.append({"params": quantizer, "lr": settings.quantizer_learning_rate})
-    return torch.optim.Adam(groups)
+    return torch.optim.Adam([{"params": group} for group in (dense, quantizer) if group], lr=_LEARNING_RATE)
 
 
 def train_phase(
     model: DistributedModelParallel,
     data: PreparedDataset,
-    settings: Hyperparameters,
+    settings: Settings,
+    number: int,
     *,
     phase: str,
-    epochs: int,
-    seed: int,
     penalize_bits: bool = False,
-    progress: bool = True,
+    progress: bool = False,
     checkpoints: "PhaseCheckpoints | None" = None,
     step_log: StepLog | None = None,
 ) -> Curve:
@@ -149,10 +125,9 @@ def train_phase(
     Args:
         model (DistributedModelParallel): (dense, sparse) -> logits.
         data (PreparedDataset): its training rows are read, its validation rows evaluated after each epoch.
-        settings (Hyperparameters): batch size and learning rates.
-        phase (str): name for the progress bar and the curve.
-        epochs (int): passes over the training rows.
-        seed (int): of the rows' order.
+        settings (Settings): epochs, batch size, and the seed of the rows' order.
+        number (int): of the phase, by which the order differs from that of the other phases.
+        phase (str): name for the progress bar, the step log and messages.
         penalize_bits (bool): add :func:`bit_penalty` to the loss.
         progress (bool): show a progress bar.
         checkpoints (Optional[PhaseCheckpoints]): where to save, and what to go on from: the same batches follow as if
@@ -165,12 +140,12 @@ def train_phase(
     Raises:
         UserError: if the loss is not finite.
     """
-    optimizer = optimizer_of(model, settings)
+    optimizer, epochs = optimizer_of(model), settings.epochs
     rank, world_size = dist.get_rank(), dist.get_world_size()
     steps = data.num_batches("train", settings.batch_size, drop_last=True, world_size=world_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps * epochs + 1))
     window = max(1, steps * epochs // _CURVE_POINTS)
-    curve = Curve(phase)
+    curve = Curve()
     start = checkpoints.resume(model, optimizer, schedule) if checkpoints else Position()
     step = start.epoch * steps + start.batch
     running, shown = torch.zeros((), device=model.device), step
@@ -184,7 +159,7 @@ def train_phase(
             batches = data.batches(
                 "train",
                 settings.batch_size,
-                shuffle_seed=seed * 1000 + epoch,
+                shuffle_seed=(settings.seed * 100 + number) * 1000 + epoch,
                 drop_last=True,
                 rank=rank,
                 world_size=world_size,
