@@ -12,8 +12,8 @@ from torch import Tensor
 
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained
-from torchrec_mpe.files.digest import file_sha256
 from torchrec_mpe.inference.artifact.manifest import manifest_sha256
+from torchrec_mpe.inference.artifact.tensor_files import sha256_of_header, sha256_of_tensor
 
 TABLES = "tables-0-0.safetensors"
 
@@ -45,16 +45,11 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], name:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
-    digests: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        save_bytes = file.with_suffix(".bytes")
-        save_bytes.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        digests[key] = file_sha256(save_bytes)
-        save_bytes.unlink()
+    digests = {key: sha256_of_tensor(tensor) for key, tensor in tensors.items()}
 
     def fit(document: dict[str, Any]) -> None:
-        document["files"][name] = file.stat().st_size
-        for tensor, entry in document["collections"][0]["tensors"].items():
-            entry["sha256"] = digests.get(tensor, entry["sha256"])
+        entry = document["files"][name]
+        entry["tensors"] = {tensor: digests.get(tensor, digest) for tensor, digest in entry["tensors"].items()}
+        entry["header_sha256"] = sha256_of_header(file)
 
     edit_manifest(folder, fit)

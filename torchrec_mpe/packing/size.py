@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from torchrec_mpe.files.text_table import text_table
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
+from torchrec_mpe.packing.declared_layouts import declared_layouts
 from torchrec_mpe.packing.layout import RUN_BYTES, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
 
@@ -45,11 +46,6 @@ class ByteCounts:
     def compression_ratio(self) -> float:
         """fp32 bytes over all bytes."""
         return self.fp32_bytes / self.total
-
-    def to_dict(self) -> dict[str, float]:
-        """Bytes by kind, total, fp32_bytes and compression_ratio, for JSON."""
-        counts: dict[str, float] = {field.name: getattr(self, field.name) for field in fields(ByteCounts)}
-        return {**counts, "total": self.total, "compression_ratio": round(self.compression_ratio, 4)}
 
 
 @dataclass(frozen=True)
@@ -129,14 +125,19 @@ def packed_bytes(
     return _report(layout.tables, weights, lines, sets, stored)
 
 
-def size_report(packed: PackedTables) -> SizeReport:
+def size_report(packed: PackedTables, rows_per_width: Sequence[Sequence[int]] | None = None) -> SizeReport:
     """The size of packed tables, read from their tensors.
 
+    Args:
+        packed (PackedTables): the tables.
+        rows_per_width (Optional[Sequence[Sequence[int]]]): rows of each bit-width, 9 numbers a table, to leave remaps
+            and lines unread.
+
     Raises:
-        ValueError: if the tensors hold bytes that no table accounts for.
+        ValueError: if the tensors hold bytes that no table accounts for, or have other rows of a bit-width.
     """
     report = _report(
-        packed.layouts(),
+        packed.layouts() if rows_per_width is None else declared_layouts(packed, rows_per_width),
         _spans(packed.weights_offsets.tolist(), packed.weights.numel()),
         _spans(packed.directory_offsets.tolist(), packed.directory.numel()),
         packed.scale_index.tolist(),

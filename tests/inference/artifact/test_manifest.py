@@ -39,7 +39,7 @@ def _objects(schema: Any) -> list[dict[str, Any]]:
 
 def test_no_entry_is_optional_or_unknown() -> None:
     described = [s for s in _objects(_schema()) if s["type"] == "object"]
-    assert len(described) >= 7
+    assert len(described) >= 6
     for schema in described:
         assert schema["additionalProperties"] is False or isinstance(schema["additionalProperties"], dict)
         if schema["additionalProperties"] is False:
@@ -53,7 +53,7 @@ def test_the_package_ships_the_schema() -> None:
 
 def test_what_cannot_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not follow its schema"):
-        write_manifest(tmp_path, {"provenance": {}, "metadata": {}, "files": {}, "collections": [], "dense": {}})
+        write_manifest(tmp_path, {"provenance": {}, "metadata": {}, "files": {}, "collections": []})
 
 
 def test_the_digest_is_as_the_schema_says() -> None:
@@ -67,16 +67,8 @@ def test_a_thousand_tables_are_read_within_a_second(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     collection = document["collections"][0]
     one, copies = collection["tables"][0], 1000
-    collection["tables"] = [{**one, "name": f"t{k}", "bytes": dict(one["bytes"])} for k in range(copies)]
+    collection["tables"] = [{**one, "name": f"t{k}"} for k in range(copies)]
     collection["packed_order"] = [table["name"] for table in collection["tables"]]
-    for kind, count in one["bytes"].items():
-        collection["bytes"][kind] = count * copies if kind != "compression_ratio" else count
-    weights = collection["tensors"]["weights"]["shape"]
-    weights[0] += collection["bytes"]["total"] - sum(
-        (4 if e["dtype"] in ("I32", "F32") else 8 if e["dtype"] == "I64" else 1) * _product(e["shape"])
-        for e in collection["tensors"].values()
-    )
-    document["files"]["tables-0-0.safetensors"] = 10**9
     document["sha256"] = manifest_sha256(document)
     (tmp_path / "manifest.json").write_text(json.dumps(document))
     seconds = []
@@ -85,10 +77,3 @@ def test_a_thousand_tables_are_read_within_a_second(tmp_path: Path) -> None:
         read_manifest(tmp_path)
         seconds.append(time.process_time() - started)
     assert min(seconds) < 1
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

@@ -19,6 +19,7 @@ import torchrec_mpe as mpe
 from tests.inference.liars import TABLES, edit_manifest, edit_tensors, emitted
 from tests.inference.models import Model, kjt, tables
 from torchrec_mpe.files.digest import file_sha256
+from torchrec_mpe.inference.artifact.tensor_files import sha256_of_header
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.pack import TableToPack, pack_tables
 
@@ -171,15 +172,8 @@ def sparse_artifact(folder: Path, gigabytes: int) -> int:
         stream.truncate(8 + len(header) + size)
 
     def grow(document: dict[str, Any]) -> None:
-        collection = document["collections"][0]
-        table = collection["tables"][0]
-        table.update(num_embeddings=rows, rows_per_width=[0] * 8 + [rows])
-        for counts in (table["bytes"], collection["bytes"]):
-            counts.update(payload=rows * 64, fp32_bytes=rows * 256)
-            counts["total"] = sum(counts[k] for k in ("payload", "directory", "scales", "zero_rows", "padding"))
-            counts["compression_ratio"] = round(counts["fp32_bytes"] / counts["total"], 4)
-        collection["tensors"]["weights"]["shape"] = [size]
-        document["files"][weights.name] = weights.stat().st_size
+        document["collections"][0]["tables"][0].update(num_embeddings=rows, rows_per_width=[0] * 8 + [rows])
+        document["files"][weights.name]["header_sha256"] = sha256_of_header(weights)
 
     edit_manifest(folder, grow)
     return rows

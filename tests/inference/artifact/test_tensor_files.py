@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchrec_mpe.inference.artifact.tensor_files import DTYPES, map_tensors, sha256_of_tensor, write_tensors
+from torchrec_mpe.inference.artifact.tensor_files import (
+    DTYPES,
+    map_tensors,
+    sha256_of_header,
+    sha256_of_tensor,
+    write_tensors,
+)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -31,7 +37,11 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = tensors()
     entries = write_tensors(tmp_path, "x", want, 1 << 30)
     (file,) = tmp_path.iterdir()
-    assert list(entries) == list(want) and {entry["file"] for entry in entries.values()} == {file.name}
+    digests = entries[file.name]["tensors"]
+    assert list(entries) == [file.name] and digests.keys() == want.keys()
+    data = file.read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert entries[file.name]["header_sha256"] == sha256_of_header(file) == hashlib.sha256(header).hexdigest()
     mapped, theirs = map_tensors(file), load_file(file)
     assert mapped.keys() == theirs.keys() == want.keys()
     for name, tensor in want.items():
@@ -40,7 +50,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(found, tensor), name
         assert mapped[name].data_ptr() % tensor.itemsize == 0
         digest = hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        assert entries[name]["sha256"] == sha256_of_tensor(tensor) == sha256_of_tensor(mapped[name]) == digest
+        assert digests[name] == sha256_of_tensor(tensor) == sha256_of_tensor(mapped[name]) == digest
     for name in ("lines", "small lines"):
         assert mapped[name].data_ptr() % 64 == 0
 

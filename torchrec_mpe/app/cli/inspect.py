@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.split import SPLITS
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.inference.artifact.manifest import Document
-from torchrec_mpe.inference.artifact.opening import declared_sizes, open_artifact
+from torchrec_mpe.inference.artifact.opening import open_artifact
+from torchrec_mpe.packing.size import size_report
 from torchrec_mpe.precision.plan import PrecisionPlan
 
 
@@ -39,14 +41,16 @@ def _describe(path: Path) -> str:
         raise UserError(f"{path} is neither an artifact, nor a plan, nor prepared data: it holds no manifest.json")
     if (path / "vocabulary").is_dir():
         data = PreparedDataset.open(path)
-        rows = ", ".join(f"{data.num_rows(s):,} {s}" for s in ("train", "validation", "test"))
+        rows = ", ".join(f"{data.num_rows(s):,} {s}" for s in SPLITS)
         return "\n".join(
             [f"prepared data {path}", f"rows: {rows}", *(f"{f.name}: {f.num_embeddings:,} ids" for f in data.fields)]
         )
     artifact = open_artifact(path, directories=False, digests=False)
     parts = [f"artifact {path}", *_provenance(artifact.manifest)]
     for collection in artifact.manifest["collections"]:
-        sizes = declared_sizes(collection)
+        packed = artifact.collections[collection["name"]].packed_tables()
+        widths_of = {table["name"]: table["rows_per_width"] for table in collection["tables"]}
+        sizes = size_report(packed, [widths_of[table.name] for table in packed.tables])
         parts += ["", collection["name"] or "embedding bag collection", str(sizes)]
         for table in sizes.tables:
             widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)

@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     tables = sum(len(collection["tables"]) for collection in artifact.manifest["collections"])
-    files = artifact.manifest["files"]
+    files = [path / name for name in artifact.manifest["files"]]
     print(
         f"{path}: OK, {tables} {'table' if tables == 1 else 'tables'}, {len(artifact.dense)} dense tensors, "
-        f"{len(files)} files of {sum(files.values()):,} bytes"
+        f"{len(files)} files of {sum(file.stat().st_size for file in files):,} bytes"
     )
     return 0

@@ -32,7 +32,7 @@ def save(
     ::
 
         artifact/
-            manifest.json           tables, logical shapes, bytes by kind, provenance, digests: artifact.schema.json
+            manifest.json           tables, rows of each bit-width, provenance, digests: artifact.schema.json
             tables-0-0.safetensors  the tensors of the first packed collection, and so on
             dense-0.safetensors     the rest of the state dict
 
@@ -66,17 +66,18 @@ def save(
     prefixes = tuple(f"{name}." if name else "" for name in packed)
     dense = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
     with atomic_directory(path) as folder:
-        collections = [
-            _write_collection(folder, k, name, module, max_file_bytes)
-            for k, (name, module) in enumerate(packed.items())
-        ]
-        dense_entries = write_tensors(folder, "dense", dense, max_file_bytes)
+        files: dict[str, Any] = {}
+        collections = []
+        for k, (name, module) in enumerate(packed.items()):
+            written = write_tensors(folder, f"tables-{k}", module.packed_tables().tensors(), max_file_bytes)
+            collections.append({**_collection(name, module), "files": list(written)})
+            files |= written
+        files |= write_tensors(folder, "dense", dense, max_file_bytes)
         document = {
             "provenance": provenance(plan),
             "metadata": dict(metadata or {}),
-            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+            "files": files,
             "collections": collections,
-            "dense": dense_entries,
         }
         write_manifest(folder, document)
 
@@ -93,10 +94,10 @@ def load(
     """Read what :func:`save` wrote.
 
     Always checked, in time that does not grow with the tables' rows: the manifest against its published schema, its
-    digest and itself; the files' sizes and headers against the manifest; every tensor of packed tables but weights and
-    directories by its digest, and that by them every table, run, scale and 0-bit row lies inside its buffer. With
-    ``verify`` also all that takes reading everything: the digests of weights, directories and dense tensors, and that
-    every line and remap leads to a row of its table.
+    digest and itself; the files' headers by their digests, and by them the files' sizes; every tensor of packed tables
+    but weights and directories by its digest, and that by them every table, run, scale and 0-bit row lies inside its
+    buffer. With ``verify`` also all that takes reading everything: the digests of weights, directories and dense
+    tensors, and that every line and remap leads to a row of its table.
 
     Without ``verify`` a damaged directory or row gives wrong embeddings, or a ValueError in the lookup that meets it,
     but no lookup on the CPU leaves its buffers: its kernels check where a directory leads. Triton's do not, so that
@@ -187,17 +188,16 @@ def _described(collection: EmbeddingBagCollectionInterface) -> tuple[bool, list[
     ]
 
 
-def _write_collection(
-    folder: Path, number: int, name: str, module: PackedEmbeddingBagCollection, max_file_bytes: int
-) -> dict[str, Any]:
-    packed, report = module.packed_tables(), module.size_report()
-    # The tensors' order, which need not be the configs': offsets in the tensors are by table index.
-    index = {table.name: t for t, table in enumerate(packed.tables)}
+def _collection(name: str, module: PackedEmbeddingBagCollection) -> dict[str, Any]:
+    """The manifest's entry but for the files."""
+    report = module.size_report()
+    rows_per_width = {table.name: list(table.rows_per_width) for table in report.tables}
     return {
         "name": name,
         "is_weighted": module.is_weighted(),
         "output_dtype": str(module.output_dtype()).removeprefix("torch."),
-        "packed_order": [table.name for table in packed.tables],
+        # The tensors' order, which need not be the configs': offsets in the tensors are by table.
+        "packed_order": list(rows_per_width),
         "tables": [
             {
                 "name": t.name,
@@ -205,13 +205,8 @@ def _write_collection(
                 "embedding_dim": t.embedding_dim,
                 "feature_names": list(t.feature_names),
                 "pooling": t.pooling.value,
-                "directory": size.directory_kind,
-                "rows_per_width": list(size.rows_per_width),
-                "bytes": size.to_dict(),
+                "rows_per_width": rows_per_width[t.name],
             }
             for t in module.embedding_bag_configs()
-            for size in (report.tables[index[t.name]],)
         ],
-        "bytes": report.to_dict(),
-        "tensors": write_tensors(folder, f"tables-{number}", packed.tensors(), max_file_bytes),
     }

@@ -30,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 24
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Copy-on-write, so that no write through a tensor reaches the file; and without a reservation, for a private mapping
 # would otherwise count against the memory of a host that is smaller than the file. Python names the flag from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -42,7 +43,7 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_fi
     a single tensor that is. Tensors of a multiple of 64 bytes come first, the largest first, at multiples of 64 bytes.
 
     Returns:
-        dict[str, Any]: of each tensor file, dtype, shape and SHA-256 of its bytes, for the manifest.
+        dict[str, Any]: of each file, the SHA-256 of its header and of each tensor's bytes, for the manifest.
 
     Raises:
         ValueError: naming the tensor, if it has a dtype or layout that is not stored.
@@ -65,14 +66,24 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_fi
     entries: dict[str, Any] = {}
     for number, names in enumerate(files):
         file = folder / f"{stem}-{number}.safetensors"
-        for name, digest in _write_file(file, {name: tensors[name] for name in names}).items():
-            entries[name] = {
-                "file": file.name,
-                "dtype": _NAMES[tensors[name].dtype],
-                "shape": list(tensors[name].shape),
-                "sha256": digest,
-            }
-    return {name: entries[name] for name in tensors}
+        digests = _write_file(file, {name: tensors[name] for name in names})
+        entries[file.name] = {"header_sha256": sha256_of_header(file), "tensors": digests}
+    return entries
+
+
+def sha256_of_header(file: Path) -> str:
+    """SHA-256 of what comes before the tensors in a safetensors file, hexadecimal; it decides dtypes, shapes and size.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no safetensors file.
+    """
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        size = int.from_bytes(length, "little")
+        if len(length) < 8 or size > min(file.stat().st_size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{file} is damaged: it has no header")
+        return hashlib.sha256(length + stream.read(size)).hexdigest()
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
