@@ -132,7 +132,7 @@ def test_pictures_are_beside_the_page_and_inside_it(written: Path) -> None:
     assert names == {
         "report.html",
         "auc-by-size.png",
-        "widths-by-rank-1.png",
+        "widths-by-order-1.png",
         "width-shares.png",
         "probabilities-1.png",
         "training.png",
@@ -194,7 +194,11 @@ def test_parts_may_be_missing(tmp_path: Path) -> None:
     report = dataclasses.replace(full_report(), counts={}, probabilities={}, candidate_bits=())
     short = [{**curve, "validation": [], "steps": [1], "loss": [0.5]} for curve in report.curves]
     write_report(tmp_path, dataclasses.replace(report, curves=short))
-    assert {file.name for file in tmp_path.glob("*.png")} == {"auc-by-size.png", "widths-by-rank-1.png", "training.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        "auc-by-size.png",
+        "widths-by-order-1.png",
+        "training.png",
+    }
 
 
 def test_many_methods_and_fields(tmp_path: Path) -> None:

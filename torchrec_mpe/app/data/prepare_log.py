@@ -142,7 +142,7 @@ def _write(
     dropped: list[dict[str, str]] = []
     ids: dict[int, npt.NDArray[np.int32]] = {}
     some_id = False
-    columns = tqdm(log.columns, unit="field", desc="ranking", disable=not progress)
+    columns = tqdm(log.columns, unit="field", desc="ordering", disable=not progress)
     for index, column in enumerate(columns):
         values = coded.dictionaries[index].take_values()
         some_id |= bool((values != "").any())

@@ -29,9 +29,9 @@ Floats = npt.NDArray[np.float64]
 class SyntheticModel:
     """The distribution behind the log: 12 fields of Zipf-distributed ids, of which fields 0, 2, 4, ... matter.
 
-    A useful id's effect on the logit is normal, with a deviation that falls with the id's rank down to ``_TAIL_EFFECT``
-    of its start; a few pairs of useful fields interact through the inner product of latent vectors. Useless fields are
-    drawn independently of the label.
+    A useful id's effect on the logit is normal, with a deviation that falls in the order of frequency, down to
+    ``_TAIL_EFFECT`` of its start; a few pairs of useful fields interact through the inner product of latent vectors.
+    Useless fields are drawn independently of the label.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Ids for a field's values: the rank of a value's frequency among the training rows."""
+"""Ids for a field's values: a value's place in the order of frequency among the training rows."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Vocabulary:
 def build_vocabulary(values: pl.Series, counts: npt.NDArray[np.int64], min_count: int) -> Vocabulary:
     """Give ids to a field's values.
 
-    Values seen fewer than ``min_count`` times in training rows, and those never seen, share one id, which is ranked by
+    Values seen fewer than ``min_count`` times in training rows, and those never seen, share one id, which is ordered by
     the sum of their counts like any other. Equal counts are ordered by a fixed hash of the value, the shared id last.
 
     Args:
@@ -41,19 +41,19 @@ def build_vocabulary(values: pl.Series, counts: npt.NDArray[np.int64], min_count
     kept = np.flatnonzero(counts >= min_count)
     kept_values = values.gather(kept)
     order = np.lexsort((stable_hash(kept_values), -counts[kept]))
-    ranked = kept[order]
-    ranked_counts = counts[ranked]
-    shared_count = int(counts.sum() - ranked_counts.sum())
-    shared_id = int(np.searchsorted(-ranked_counts, -shared_count, side="right"))
+    ordered_codes = kept[order]
+    ordered_counts = counts[ordered_codes]
+    shared_count = int(counts.sum() - ordered_counts.sum())
+    shared_id = int(np.searchsorted(-ordered_counts, -shared_count, side="right"))
 
     ids = np.full(len(values), shared_id, np.int32)
-    ranks = np.arange(ranked.size, dtype=np.int32)
-    ids[ranked] = ranks + (ranks >= shared_id)
+    places = np.arange(ordered_codes.size, dtype=np.int32)
+    ids[ordered_codes] = places + (places >= shared_id)
     ordered = kept_values.gather(order)
     table = pl.DataFrame(
         {
             "value": pl.concat([ordered[:shared_id], pl.Series([None], dtype=pl.String), ordered[shared_id:]]),
-            "count": np.insert(ranked_counts, shared_id, shared_count),
+            "count": np.insert(ordered_counts, shared_id, shared_count),
         },
         schema={"value": pl.String, "count": pl.Int64},
     )

@@ -38,8 +38,9 @@ class ReportData:
             each table's cache counted in the windows that end at the steps.
         plans (Mapping[str, Mapping[str, TableBitWidths]]): method -> table -> bit-widths.
         counts (Mapping[str, Tensor]): table -> int64 [num_embeddings], training frequencies by row id.
-        probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the rank bounds
-            of its k groups (k + 1 numbers) and the probability of each candidate bit-width, [k, m].
+        probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the bounds
+            of its k groups in the order of frequency (k + 1 numbers) and the probability of each candidate bit-width,
+            [k, m].
         candidate_bits (tuple[int, ...]): the m candidate bit-widths.
         environment (Mapping[str, str]): versions, CPU, command line.
         data (Mapping[str, str | int | float]): rows, fields, split.

@@ -11,7 +11,7 @@ from torchrec_mpe.app.report.probabilities_figure import probabilities_figure
 from torchrec_mpe.app.report.quality_figure import quality_figure
 from torchrec_mpe.app.report.style import house_style, method_styles, to_png
 from torchrec_mpe.app.report.training_figure import training_figure
-from torchrec_mpe.app.report.widths_figures import METHODS_A_FIGURE, width_by_rank_figure, width_shares_figure
+from torchrec_mpe.app.report.widths_figures import METHODS_A_FIGURE, width_by_order_figure, width_shares_figure
 
 
 def report_pictures(report: ReportData) -> list[Picture]:
@@ -51,7 +51,7 @@ def _widths(report: ReportData) -> list[Picture]:
     each = -(-len(methods) // max(figures, 1))
     for number in range(figures):
         chosen = methods[number * each : (number + 1) * each]
-        figure = width_by_rank_figure({method: plans[method] for method in chosen}, styles)
+        figure = width_by_order_figure({method: plans[method] for method in chosen}, styles)
         caption = f"One panel per field: the bits of a row by how frequent the row is, for {', '.join(chosen)}."
         if len(chosen) > 1:
             caption += " Widths are whole numbers; the lines are set a little apart so that none hides another."
@@ -60,9 +60,9 @@ def _widths(report: ReportData) -> list[Picture]:
             for method in chosen
             if (rows := sum(w.num_embeddings for w in plans[method].values()))
         )
-        alt = f"Step plots of bit-width against frequency rank by field. Bits per row on average: {averages}."
+        alt = f"Step plots of bit-width against the order of frequency by field. Bits per row on average: {averages}."
         heading = "Bit-width by frequency" if number == 0 else ""
-        pictures.append(Picture(f"widths-by-rank-{number + 1}.png", to_png(figure), heading, caption, alt))
+        pictures.append(Picture(f"widths-by-order-{number + 1}.png", to_png(figure), heading, caption, alt))
     shares = width_shares_figure(plans, report.counts)
     if shares is not None:
         caption = (
@@ -85,7 +85,7 @@ def _probabilities(report: ReportData) -> list[Picture]:
             f"{method}: how likely each candidate bit-width is after the search, for each group of rows of similar "
             "frequency. One bright cell per column means that the search made up its mind."
         )
-        alt = f"Heat maps by field for {method}: probability of each candidate bit-width by frequency rank."
+        alt = f"Heat maps by field for {method}: probability of each candidate bit-width in the order of frequency."
         pictures.append(Picture(f"probabilities-{len(pictures) + 1}.png", to_png(figure), heading, caption, alt))
     return pictures
 

@@ -12,7 +12,7 @@ from torchrec_mpe.app.report.style import field_label, grid_columns, new_figure,
 
 
 def probabilities_figure(fields: Mapping[str, tuple[tuple[int, ...], Tensor]], candidates: Sequence[int]) -> Figure:
-    """A heat map per field of one method: frequency rank across, candidate bit-width up, probability as colour."""
+    """A heat map per field of one method: order of frequency across, candidate bit-width up, probability as colour."""
     columns = grid_columns(len(fields), 5)
     rows = -(-len(fields) // columns)
     figure = new_figure(8.0, max(2.6, 1.25 * rows + 0.9 if columns > 2 else 2.2 * rows + 0.9))
@@ -36,6 +36,6 @@ def probabilities_figure(fields: Mapping[str, tuple[tuple[int, ...], Tensor]], c
     colours = ScalarMappable(scale, probability_colours())
     bar = figure.colorbar(colours, ax=panels.tolist(), fraction=0.03, aspect=30, shrink=min(1.0, 4.0 / rows))
     bar.set_label("probability")
-    figure.supxlabel("frequency rank of the row (1 = most frequent)", fontsize=9)
+    figure.supxlabel("row in the order of frequency (1 = most frequent)", fontsize=9)
     figure.supylabel("candidate bit-width", fontsize=9)
     return figure

@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
+from matplotlib.transforms import Bbox
 
-from torchrec_mpe.app.report.estimates import MethodSummary, baseline_method, summarize
-from torchrec_mpe.app.report.label_placement import DirectLabel, place_labels
+from torchrec_mpe.app.report.estimates import baseline_method, summarize
 from torchrec_mpe.app.report.numerals import in_bytes
 from torchrec_mpe.app.report.style import FAINT, MethodStyle, darker, label, new_figure
 
@@ -24,10 +23,9 @@ def quality_figure(results: Sequence[Mapping[str, Any]], styles: Mapping[str, Me
     figure = new_figure(7.5, 5.0 if len(summaries) <= 8 else 6.2)
     axes = figure.add_subplot()
     axes.grid(True, axis="y")
-    for row in results:
+    for row in _shown(results):
         style = styles[str(row["method"])]
-        if row["auc"] is not None and math.isfinite(row["auc"]) and row["embedding_bytes"] > 0:
-            axes.plot([row["embedding_bytes"]], [row["auc"]], style.marker, color=style.colour, ms=4, alpha=0.35, mew=0)
+        axes.plot([row["embedding_bytes"]], [row["auc"]], style.marker, color=style.colour, ms=4, alpha=0.35, mew=0)
     for one in summaries:
         style = styles[one.method]
         error = one.auc.error if one.auc.error is not None and math.isfinite(one.auc.error) else 0.0
@@ -45,12 +43,32 @@ def quality_figure(results: Sequence[Mapping[str, Any]], styles: Mapping[str, Me
     # Labels are placed in pixels, so the layout must stand still from here on.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    marks = [
-        DirectLabel(s.embedding_bytes.mean, s.auc.mean, label(s.method, 34), darker(styles[s.method].colour))
+    texts = [
+        axes.text(
+            s.embedding_bytes.mean, s.auc.mean, label(s.method, 34), color=darker(styles[s.method].colour), fontsize=9
+        )
         for s in summaries
     ]
-    place_labels(axes, marks, _mark_boxes(axes, results, summaries), _line_box(axes, reference))
+    for text in texts:
+        text.set_zorder(6)
+    marks = axes.transData.transform([text.get_position() for text in texts])
+    around = 6 * figure.dpi / 72
+    adjust_text(
+        texts,
+        [row["embedding_bytes"] for row in _shown(results)],
+        [row["auc"] for row in _shown(results)],
+        [Bbox([mark - around, mark + around]) for mark in marks],
+        ax=axes,
+        iter_lim=300,  # not by time: a busy machine draws the same picture
+        force_static=(0.4, 0.4),
+        arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.7},
+    )
     return figure
+
+
+def _shown(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that can be drawn."""
+    return [r for r in results if r["auc"] is not None and math.isfinite(r["auc"]) and r["embedding_bytes"] > 0]
 
 
 def _size_axis(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
@@ -76,30 +94,3 @@ def _auc_axis(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(low - margin, high + margin)
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4f}"))
-
-
-def _mark_boxes(
-    axes: Axes, results: Sequence[Mapping[str, Any]], summaries: Sequence[MethodSummary]
-) -> NDArray[np.float64]:
-    """Boxes in pixels around every point and error bar, [n, 4]."""
-    pixels = axes.figure.dpi / 72.0
-    boxes = []
-    for row in results:
-        if row["auc"] is not None and math.isfinite(row["auc"]) and row["embedding_bytes"] > 0:
-            x, y = axes.transData.transform((row["embedding_bytes"], row["auc"]))
-            boxes.append([x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels])
-    for one in summaries:
-        error = one.auc.error if one.auc.error is not None and math.isfinite(one.auc.error) else 0.0
-        x, low = axes.transData.transform((one.embedding_bytes.mean, one.auc.mean - error))
-        _, high = axes.transData.transform((one.embedding_bytes.mean, one.auc.mean + error))
-        boxes.append([x - 5 * pixels, low - 4 * pixels, x + 5 * pixels, high + 4 * pixels])
-    return np.array(boxes)
-
-
-def _line_box(axes: Axes, reference: MethodSummary | None) -> NDArray[np.float64]:
-    """The box in pixels of the line at fp32's AUC, [1, 4], or none, [0, 4]."""
-    if reference is None:
-        return np.empty((0, 4))
-    frame = axes.get_window_extent()
-    _, y = axes.transData.transform((reference.embedding_bytes.mean, reference.auc.mean))
-    return np.array([[frame.x0, y - 2, frame.x1, y + 2]])

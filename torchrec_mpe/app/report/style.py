@@ -136,7 +136,7 @@ def grid_columns(panels: int, most: int) -> int:
 
 
 def short_ticks(axes: Axes, size: float) -> None:
-    """Ticks of a logarithmic axis of ranks from 1 to ``size``, at most four, written short."""
+    """Ticks of a logarithmic axis of places from 1 to ``size``, at most four, written short."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     from torchrec_mpe.app.report.numerals import short_count

@@ -26,10 +26,10 @@ METHODS_A_FIGURE = 4
 _DECADES = (0, *(10**power for power in range(18)))  # the lowest count of each
 
 
-def width_by_rank_figure(
+def width_by_order_figure(
     plans: Mapping[str, Mapping[str, TableBitWidths]], styles: Mapping[str, MethodStyle]
 ) -> Figure:
-    """A small panel per field: bit-width against frequency rank, a step line per method."""
+    """A small panel per field: bit-width against the order of frequency, a step line per method."""
     tables = unique(table for widths in plans.values() for table in widths)
     columns = grid_columns(len(tables), 5)
     rows = -(-len(tables) // columns)
@@ -58,7 +58,7 @@ def width_by_rank_figure(
         short_ticks(panel, size)
     for panel in panels[len(tables) :]:
         panel.set_visible(False)
-    figure.supxlabel("frequency rank of the row (1 = most frequent)", fontsize=9)
+    figure.supxlabel("row in the order of frequency (1 = most frequent)", fontsize=9)
     figure.supylabel("bits per element", fontsize=9)
     if len(plans) > 1:
         handles = [Line2D([], [], color=styles[m].colour, ls=styles[m].dash, lw=2) for m in plans]
