@@ -11,6 +11,12 @@ import torch
 import torchrec_mpe as mpe
 from torchrec_mpe.app.cli.main import main
 from torchrec_mpe.app.cli.result_table import result_table
+from torchrec_mpe.app.data.prepare_log import prepare_csv
+from torchrec_mpe.app.training.method import Method
+from torchrec_mpe.app.training.pipeline import run_pipeline
+from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.app.training.settings import Settings
+from torchrec_mpe.app.training.stages import Job
 
 ROWS = 900
 
@@ -240,14 +246,12 @@ def test_packed_model_predicts_like_the_retrained_one(log: Path, tmp_path: Path)
 
 @pytest.mark.supports("training: cached tables with torchrec-mpe run", "CPU")
 def test_cached_training(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cache as large as the tables is fp32 but for the rounding of initial rows and of the flush."""
     out = tmp_path / "out"
     methods = ["fp32", "cache:int8:1", "cache:int4:0.1:lru", "cache:int4:0.1"]
     assert main(["run", *csv_options(log), *SMALL, "--out", str(out), "--method", *methods]) == 0
     printed = capsys.readouterr().out
     assert "in training" in printed and "without optimizer state" in printed
     fp32, whole, lru, lfu = json.loads((out / "results.json").read_text())
-    assert whole["auc_before_flush"] == pytest.approx(fp32["auc"], abs=0.03)
     rows = fp32["fp32_bytes"] // (4 * 8)
     assert fp32["training_bytes"] == fp32["fp32_training_bytes"] == rows * 4 * (8 + 1)
     for record, bits in ((whole, 8), (lru, 4), (lfu, 4)):
@@ -264,6 +268,22 @@ def test_cached_training(log: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lru["hit_rate"] < whole["hit_rate"] and lru["cache_statistics"]["t_user"]["num_evictions"] > 0
     page = (out / "report.html").read_text()
     assert "<h2>Caches</h2>" in page and "cache:int4:0.1:lru, t_user" in page and (out / "hit-rates.png").exists()
+
+
+def test_a_cache_of_all_rows_trains_like_fp32(log: Path, tmp_path: Path) -> None:
+    """But for the rounding of the initial rows, until training makes small differences large."""
+    fields = ["user", "item", "tags"]
+    data = prepare_csv(
+        log, tmp_path / "data", label="rating", positive=">=4", fields=fields, separators="|", min_count=1,
+        progress=False,
+    )  # fmt: skip
+    losses = {}
+    with process_group(torch.device("cpu")):
+        for name in ("fp32", "cache:int8:1"):
+            job = Job(Method.parse(name), data, Settings(dim=8, batch_size=64, resets=0))
+            losses[name] = run_pipeline(job).curves["train 1"].loss
+    # The first is of the initial rows. The second follows an update: without it, it would be 0.07 away.
+    assert losses["cache:int8:1"][:2] == pytest.approx(losses["fp32"][:2], abs=2e-3)
 
 
 def test_printed_table_by_hand() -> None:

@@ -11,19 +11,19 @@ an image (Kubernetes) needs docker for it: give ``--workspace ""`` and an image 
 
 # torchx reads the signatures below as text and knows neither `X | None` nor `list[X]`.
 # ruff: noqa: UP006, UP035, UP045, N803
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from torchx import specs
 from torchx.components import dist
 
 _IMAGE = "torchrec-mpe:latest"
-_TRAINER = "torchrec_mpe.app.launch.trainer"
 
 
-def _environment(max_restarts: int) -> Dict[str, str]:
-    """What torchrun reads from the environment and ``dist.ddp`` has no parameter for."""
-    # A store shared between restarts hands out the addresses of ranks that have died (pytorch/pytorch#135712).
-    return {"PET_MAX_RESTARTS": str(max_restarts), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+def _job(command: List[str], max_restarts: int, env: Optional[Dict[str, str]], **job: Any) -> specs.AppDef:
+    # What torchrun reads from the environment and `dist.ddp` has no parameter for. A store shared between restarts
+    # hands out the addresses of ranks that have died (pytorch/pytorch#135712).
+    torchrun = {"PET_MAX_RESTARTS": str(max_restarts), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return dist.ddp(*command, m="torchrec_mpe.app.launch.trainer", env={**torchrun, **(env or {})}, **job)
 
 
 def search(
@@ -48,7 +48,7 @@ def search(
 
     Args:
         args: further options of the command
-        format: what data is: criteo, csv or prepared
+        format: what data is, such as criteo, csv or prepared; see the command's --help
         data: the log or prepared folder, on a path that every node can read
         out: folder of the results and checkpoints, on a path that every node can write; the job resumes from it
         j: [min_nodes:]nodes x ranks a node, such as 2x8; on GPUs one rank a GPU
@@ -64,28 +64,11 @@ def search(
         rdzv_port: port of the first node for torchelastic's rendezvous; with one node a free one is taken
         mounts: of the container, such as type=bind,src=/data,dst=/data
     """
-    return dist.ddp(
-        "search",
-        "--format",
-        format,
-        "--data",
-        data,
-        "--out",
-        out,
-        *args,
-        m=_TRAINER,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env={**_environment(max_restarts), **(env or {})},
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    command = ["search", "--format", format, "--data", data, "--out", out, *args]
+    return _job(
+        command, max_restarts, env, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name,
+        max_retries=max_retries, rdzv_port=rdzv_port, mounts=mounts,
+    )  # fmt: skip
 
 
 def retrain(
@@ -124,26 +107,11 @@ def retrain(
         rdzv_port: port of the first node for torchelastic's rendezvous; with one node a free one is taken
         mounts: of the container, such as type=bind,src=/data,dst=/data
     """
-    return dist.ddp(
-        "retrain",
-        "--search",
-        search,
-        "--out",
-        out,
-        *args,
-        m=_TRAINER,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env={**_environment(max_restarts), **(env or {})},
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    command = ["retrain", "--search", search, "--out", out, *args]
+    return _job(
+        command, max_restarts, env, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name,
+        max_retries=max_retries, rdzv_port=rdzv_port, mounts=mounts,
+    )  # fmt: skip
 
 
 def emit(
@@ -182,26 +150,11 @@ def emit(
         rdzv_port: port of the first node for torchelastic's rendezvous; with one node a free one is taken
         mounts: of the container, such as type=bind,src=/data,dst=/data
     """
-    return dist.ddp(
-        "emit",
-        "--retrained",
-        retrained,
-        "--out",
-        out,
-        *args,
-        m=_TRAINER,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env={**_environment(max_restarts), **(env or {})},
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    command = ["emit", "--retrained", retrained, "--out", out, *args]
+    return _job(
+        command, max_restarts, env, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name,
+        max_retries=max_retries, rdzv_port=rdzv_port, mounts=mounts,
+    )  # fmt: skip
 
 
 def pipeline(
@@ -226,7 +179,7 @@ def pipeline(
 
     Args:
         args: further options of the command
-        format: what data is: criteo, csv or prepared
+        format: what data is, such as criteo, csv or prepared; see the command's --help
         data: the log or prepared folder, on a path that every node can read
         out: folder of the results and checkpoints, on a path that every node can write; the job resumes from it
         j: [min_nodes:]nodes x ranks a node, such as 2x8; on GPUs one rank a GPU
@@ -242,25 +195,8 @@ def pipeline(
         rdzv_port: port of the first node for torchelastic's rendezvous; with one node a free one is taken
         mounts: of the container, such as type=bind,src=/data,dst=/data
     """
-    return dist.ddp(
-        "pipeline",
-        "--format",
-        format,
-        "--data",
-        data,
-        "--out",
-        out,
-        *args,
-        m=_TRAINER,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env={**_environment(max_restarts), **(env or {})},
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    command = ["pipeline", "--format", format, "--data", data, "--out", out, *args]
+    return _job(
+        command, max_restarts, env, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name,
+        max_retries=max_retries, rdzv_port=rdzv_port, mounts=mounts,
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.training.cache_counters import cache_statistics
-from torchrec_mpe.app.training.position import Position
+from torchrec_mpe.app.training.phase_checkpoints import PhaseCheckpoints, Position
 from torchrec_mpe.app.training.settings import RunSettings, Settings
 from torchrec_mpe.app.training.step_log import StepLog
 from torchrec_mpe.cache.statistics import CacheStatistics
@@ -31,9 +30,6 @@ from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.penalty import bit_penalty
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
-
-if TYPE_CHECKING:
-    from torchrec_mpe.app.training.phase_checkpoints import PhaseCheckpoints
 
 _CURVE_POINTS = 40
 _CACHED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
@@ -117,7 +113,7 @@ def train_phase(
     phase: str,
     penalize_bits: bool = False,
     progress: bool = False,
-    checkpoints: "PhaseCheckpoints | None" = None,
+    checkpoints: PhaseCheckpoints | None = None,
     step_log: StepLog | None = None,
 ) -> Curve:
     """Train for some epochs with a fresh optimizer; row updates happen inside the TBE's backward.

@@ -9,11 +9,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_mpe.app.training.position import Position
 from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint
 from torchrec_mpe.distributed.checkpoint.checkpoints import Checkpoints
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.precision.plan import PrecisionPlan
+
+
+@dataclass(frozen=True)
+class Position:
+    """``batch`` batches of epoch number ``epoch``, counted from 0, are behind the phase."""
+
+    epoch: int = 0
+    batch: int = 0
 
 
 @dataclass(frozen=True)
