@@ -114,6 +114,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy torchrec_mpe
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_upstream_names.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 
 from torchrec_mpe.cache.batch_ids import within_tables
-from torchrec_mpe.cache.config import NEVER_NEGATIVE, SPILL_GROWTH
+from torchrec_mpe.cache.config import SPILL_GROWTH
 from torchrec_mpe.cache.read_only_lookup import current_rows
 from torchrec_mpe.cache.slot_tbe import SlotTBE
 from torchrec_mpe.cache.table_spec import CachedTableSpec
@@ -24,6 +24,7 @@ from torchrec_mpe.ops.cache_tensors import (
 )
 from torchrec_mpe.ops.reference.lookup_counts import halve_counts_
 from torchrec_mpe.ops.stored_rows import read_stored_rows_, write_stored_rows_
+from torchrec_mpe.upstream.fused_optimizers import traits_of
 
 
 class CachedRows:
@@ -303,7 +304,7 @@ def _stored_state_dtypes(tables: Sequence[CachedTableSpec], slots: SlotTBE) -> l
                 raise ValueError(f"tables {tables[0].name} and {table.name} share a TBE but not {field} of CacheConfig")
     optimizer: EmbOptimType = slots.optimizer
     dtypes = [first.state_dtype(optimizer, state.shape[1]) for state in slots.states[0]]
-    if "ue6m2" in dtypes and optimizer not in NEVER_NEGATIVE:
+    if "ue6m2" in dtypes and not traits_of(optimizer).never_negative:
         raise ValueError(
             f"tables {_names(tables)}: the state of {optimizer.value} may be negative, which ue6m2 cannot store; use "
             "bf16 or fp32"

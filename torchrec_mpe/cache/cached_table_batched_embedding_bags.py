@@ -19,6 +19,7 @@ from torchrec_mpe.cache.statistics import CacheStatistics
 from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.ops.cache_tensors import BackingStore
 from torchrec_mpe.ops.reference.lookup_counts import decode_counts
+from torchrec_mpe.upstream.tbe import set_steps
 
 _CHUNK = 1 << 16  # rows read or written at a time
 
@@ -116,9 +117,7 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
 
     def set_optimizer_step(self, step: int) -> None:
         """Of the fused optimizer."""
-        self._slots.tbe.set_optimizer_step(step)
-        if hasattr(self._slots.tbe, "iter_cpu"):  # newer FBGEMM counts on the host as well
-            self._slots.tbe.iter_cpu.fill_(step)
+        set_steps(self._slots.tbe, step)
 
     def prefetch(
         self,

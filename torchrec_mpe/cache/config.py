@@ -8,12 +8,10 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 
 from torchrec_mpe.ops.cache_tensors import STATE_BYTES, WAYS
+from torchrec_mpe.upstream.fused_optimizers import traits_of
 
 SPILL_GROWTH = 1.25
 """Spill rows made at a time, over those needed."""
-
-NEVER_NEGATIVE = (EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
-"""Optimizers whose state ``ue6m2`` can hold."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class CacheConfig:
 
     def state_dtype(self, optimizer: EmbOptimType, elements: int) -> str:
         """How the store holds an optimizer state of so many elements a row, a key of ``STATE_BYTES``."""
-        by_row = "ue6m2" if optimizer in NEVER_NEGATIVE else "bf16"
+        by_row = "ue6m2" if traits_of(optimizer).never_negative else "bf16"
         return self.optimizer_state_dtype or (by_row if elements == 1 else "bf16")
 
     def table_seed(self, table: str) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_mpe.upstream.tensors import changes_in_place
+
 
 class PrefetchedBatch(NamedTuple):
     """A batch whose rows are in slots already.
@@ -121,7 +123,7 @@ class _Flight:
 
 def versions(*tensors: Tensor) -> tuple[int, ...]:
     """How often each tensor was changed in place; 0 for inference tensors, which do not tell."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(map(changes_in_place, tensors))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

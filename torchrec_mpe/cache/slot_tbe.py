@@ -10,26 +10,16 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.ops.cache_tensors import WAYS
-
-_ONLY_ROWS_OF_THE_BATCH = (
-    EmbOptimType.EXACT_SGD,
-    EmbOptimType.EXACT_ADAGRAD,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    EmbOptimType.ADAM,
-    EmbOptimType.LAMB,
-    EmbOptimType.LARS_SGD,
-    EmbOptimType.PARTIAL_ROWWISE_ADAM,
-    EmbOptimType.PARTIAL_ROWWISE_LAMB,
-)
-"""Optimizers that change the rows of a batch and their state, and nothing else. The others update all rows of a table
-every few steps (EMAINPLACE_ROWWISE_ADAGRAD, ENSEMBLE_ROWWISE_ADAGRAD), or none (NONE)."""
+from torchrec_mpe.upstream.fused_optimizers import DEFAULT_OPTIMIZER, traits_of
+from torchrec_mpe.upstream.modules import ConvertsItself
+from torchrec_mpe.upstream.tbe import copy_progress, per_row_counter
 
 
-class SlotTBE(nn.Module):
+class SlotTBE(ConvertsItself):
     """A TBE whose table ``t`` has the slots of table ``t``'s cache, then its spill area, which can grow.
 
     Args:
@@ -70,8 +60,8 @@ class SlotTBE(nn.Module):
             "table_names": [table.name for table in tables],
         }
         self.spill = [table.config.spill_rows for table in tables]
-        optimizer = fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
-        if optimizer not in _ONLY_ROWS_OF_THE_BATCH:
+        optimizer = fused_params.get("optimizer", DEFAULT_OPTIMIZER)
+        if not traits_of(optimizer).only_rows_of_the_batch:
             self._refuse(f"the optimizer {optimizer.value} changes rows that are not in the batch")
         self.tbe = self._make(self.spill)
         self.values: list[Tensor] = []
@@ -104,21 +94,16 @@ class SlotTBE(nn.Module):
         for t in range(len(self._tables)):
             for new, before in zip([new_values[t], *new_states[t]], [values[t], *states[t]], strict=True):
                 new[: len(before)] = before
-        for name, buffer in old.named_buffers():
-            if name in ("iter", "iter_cpu", "learning_rate_tensor"):
-                grown.get_buffer(name).copy_(buffer)
-        grown.step = old.step
-        grown.set_learning_rate(old.get_learning_rate())
+        copy_progress(old, grown)
         self.tbe, self.values, self.states, self.spill = grown, new_values, new_states, list(spill)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take_views()  # a copied parameter is elsewhere than the copies of its views
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SlotTBE":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def convert(self, convert: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        super().convert(convert, recurse)
         self._take_views()
-        return self
 
     def _make(self, spill: Sequence[int]) -> SplitTableBatchedEmbeddingBagsCodegen:
         cuda = self._device.type == "cuda"
@@ -138,9 +123,9 @@ class SlotTBE(nn.Module):
             self._refuse(f"its rows cannot move to another device than {self._device}, on which it was made")
         if any(t.dtype != torch.float32 for t in [*self.values, *(s for of_table in self.states for s in of_table)]):
             self._refuse("cached rows and their optimizer state must be FP32")
-        for name, tensor in [*self.tbe.named_buffers(), *self.tbe.named_parameters()]:
-            if name.startswith(("prev_iter", "row_counter")) and tensor.numel() >= sum(map(len, self.values)):
-                self._refuse(f"the optimizer keeps {name.rsplit('_', 1)[0]} of rows, which the store does not hold")
+        counter = per_row_counter(self.tbe, sum(map(len, self.values)))
+        if counter is not None:
+            self._refuse(f"the optimizer keeps {counter} of rows, which the store does not hold")
 
     def _refuse(self, why: str) -> None:
         raise NotImplementedError(f"tables {', '.join(table.name for table in self._tables)}: {why}")
@@ -153,9 +138,9 @@ def _matrices(tbe: SplitTableBatchedEmbeddingBagsCodegen) -> tuple[list[Tensor],
     change of what the backward needs.
     """
     values = [rows.data for rows in tbe.split_embedding_weights()]
-    states = [] if tbe.optimizer == EmbOptimType.EXACT_SGD else tbe.split_optimizer_states()
-    if not states:
+    if not traits_of(tbe.optimizer).state_elements(1):
         return values, [[] for _ in values]
+    states = tbe.split_optimizer_states()
     return values, [
         [state.data.view(len(rows), -1) for state in of_table] for rows, of_table in zip(values, states, strict=True)
     ]

@@ -4,16 +4,15 @@ import copy
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
 from torchrec_mpe.ops.quantized_embedding_bag import row_numbers, unique_ids
+from torchrec_mpe.upstream.fused_optimizers import traits_of
+from torchrec_mpe.upstream.modules import replace_buffers
+from torchrec_mpe.upstream.tbe import buffers_as_one_table, lies_like_one_table
 
-# Elements of optimizer state a row has, if not one for each column.
-_STATE_PER_ROW = {EmbOptimType.EXACT_ROWWISE_ADAGRAD: 1}
-_STATELESS = (EmbOptimType.EXACT_SGD, EmbOptimType.SGD)
 _MAX_ROWS = 2**31 - 2  # FBGEMM sorts row numbers as int32
 
 
@@ -21,19 +20,10 @@ def can_be_one_table(tbe: Any) -> bool:
     """Whether a module is a training TBE whose tables lie in memory like one table, as FBGEMM lays them out on CPU."""
     if type(tbe) is not SplitTableBatchedEmbeddingBagsCodegen or not tbe.use_cpu or len(set(tbe.dims)) != 1:
         return False
-    rows = [spec[0] for spec in tbe.embedding_specs]
-    first = [sum(rows[:t]) for t in range(len(rows))]
-    if sum(rows) > _MAX_ROWS or not _begins(tbe.weights_physical_offsets, first, tbe.dims[0]):
+    traits = traits_of(tbe.optimizer)
+    if not traits.one_table or sum(spec[0] for spec in tbe.embedding_specs) > _MAX_ROWS:
         return False
-    if tbe.optimizer in _STATELESS:
-        return True
-    if tbe.optimizer not in (EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD):
-        return False
-    return _begins(tbe.momentum1_physical_offsets, first, _STATE_PER_ROW.get(tbe.optimizer, tbe.dims[0]))
-
-
-def _begins(offsets: list[int], first_rows: list[int], width: int) -> bool:
-    return [int(offset) for offset in offsets] == [row * width for row in first_rows]
+    return lies_like_one_table(tbe, traits.state_elements(tbe.dims[0]))
 
 
 class OneTableLookup:
@@ -82,18 +72,8 @@ class OneTableLookup:
         tbe = self._tbe
         one = copy.copy(tbe)
         total, dim = sum(spec[0] for spec in tbe.embedding_specs), tbe.dims[0]
-        one._buffers = {
-            **tbe._buffers,
-            "D_offsets": torch.tensor([0, dim], dtype=torch.int32),
-            "hash_size_cumsum": torch.tensor([0, total]),
-            "rows_per_table": torch.tensor([total]),
-            "feature_dims": torch.tensor([dim]),
-            "weights_offsets": torch.zeros(1, dtype=torch.int64),
-            "weights_placements": tbe.weights_placements[:1],
-        }
-        if tbe.optimizer not in _STATELESS:
-            one._buffers["momentum1_offsets"] = torch.zeros(1, dtype=torch.int64)
-            one._buffers["momentum1_placements"] = tbe.momentum1_placements[:1]
+        buffers = buffers_as_one_table(tbe, has_state=bool(traits_of(tbe.optimizer).state_elements(dim)))
+        replace_buffers(one, buffers)
         one.embedding_specs = [(total, *tbe.embedding_specs[0][1:])]
         one.feature_table_map = [0]
         one.total_D = one.max_D = dim

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -19,14 +19,14 @@ from torchrec_mpe.inference.fbgemm_rows import (
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_call, check_offsets
 from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.upstream.modules import ConvertsItself, buffers_of
+from torchrec_mpe.upstream.tensors import assert_on_device
 
 _OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_ROW_ALIGNMENT = 16  # the CUDA kernels load 16 bytes at a time
 
-Self = TypeVar("Self", bound="FbgemmTableBatchedEmbeddingBags")
 
-
-class FbgemmTableBatchedEmbeddingBags(nn.Module):
+class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
     """The lookup of packed tables with FBGEMM's and PyTorch's ops alone.
 
     Rows of 1 and 2 bits are stored as INT2, of 3 and 4 as INT4, of 5 to 8 as INT8, each with a float16 scale and bias:
@@ -276,7 +276,7 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
         moved = torch.where(bag == 0, 0, offsets.clamp(0, ids).cummax(0)[0])
         moved = torch.where(bag == offsets.numel() - 1, torch.full_like(moved, ids), moved)
         if self._fatal:
-            torch._assert_async((moved == offsets).all(), "offsets must go from 0 to the number of ids in order")
+            assert_on_device((moved == offsets).all(), "offsets must go from 0 to the number of ids in order")
         return moved
 
     def _is_exporting(self) -> bool:
@@ -290,7 +290,7 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
         rows = self.feature_rows.index_select(0, feature)
         bad = (indices < -1) | (indices >= rows)
         if self._fatal and self._is_exporting():
-            torch._assert_async(~bad.any(), "an id is not a row of its table")
+            assert_on_device(~bad.any(), "an id is not a row of its table")
         elif self._fatal:
             if bool(bad.any()):
                 first = int(bad.nonzero()[0])
@@ -384,8 +384,8 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
         """Bytes of all buffers: rows with their padding, row map, corrections and constants."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = fn(self.row_map[:0]).device
+    def convert(self, convert: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        device = convert(self.row_map[:0]).device
         if device.type == "cuda" and self._row_alignment % _CUDA_ROW_ALIGNMENT:
             self.weights = realigned(self.weights, self._sub_tables, self._row_alignment, _CUDA_ROW_ALIGNMENT)
             self._row_alignment = _CUDA_ROW_ALIGNMENT
@@ -394,14 +394,13 @@ class FbgemmTableBatchedEmbeddingBags(nn.Module):
         for name, buffer in self.named_buffers():
             # Floating-point buffers travel as integers, so that half() and friends see nothing to convert.
             bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
-            result = fn(bits)
+            result = convert(bits)
             if result.dtype != bits.dtype:
                 raise TypeError(f"buffer {name} of packed rows cannot become {result.dtype}")
-            self._buffers[name] = result.view(buffer.dtype)
+            buffers_of(self)[name] = result.view(buffer.dtype)
         if device.type != "meta":
             location = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
             self.weights_placements.fill_(location.value)
-        return self
 
     def extra_repr(self) -> str:
         names = ", ".join(table.name for table in self._tables)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import check_call
@@ -16,11 +16,10 @@ from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.size import SizeReport, size_report
 from torchrec_mpe.packing.update import TableRows, UpdatedRows, update_packed_tables_
 from torchrec_mpe.packing.validate import validate_packed_tables
+from torchrec_mpe.upstream.modules import ConvertsItself, buffers_of
 
-Self = TypeVar("Self", bound="PackedTableBatchedEmbeddingBags")
 
-
-class PackedTableBatchedEmbeddingBags(nn.Module):
+class PackedTableBatchedEmbeddingBags(ConvertsItself):
     """T packed tables that are looked up by one call, like FBGEMM's ``IntNBitTableBatchedEmbeddingBagsCodegen`` (TBE).
 
     Names and conventions are the TBE's; what it has per table (a data type, a weight tensor) is here in ``packed``.
@@ -132,7 +131,8 @@ class PackedTableBatchedEmbeddingBags(nn.Module):
         """:meth:`forward` for neighbouring features alone, whose ids, offsets and columns start at 0."""
         first, last = features.start, features.stop
         column = self.D_offsets[first]
-        tensors: dict[str, Any] = {name: self._buffers[name] for name in self._buffer_names}
+        buffers = buffers_of(self)
+        tensors: dict[str, Any] = {name: buffers[name] for name in self._buffer_names}
         return packed_embedding_bag(
             **tensors,
             D_offsets=[offset - column for offset in self.D_offsets[first : last + 1]],
@@ -198,20 +198,19 @@ class PackedTableBatchedEmbeddingBags(nn.Module):
         """The device of the buffers."""
         return self.get_buffer("weights").device
 
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def convert(self, convert: Callable[[Tensor], Tensor], recurse: bool) -> None:
         # Floating-point buffers travel as integers, so that half() and friends see nothing to convert.
         moved: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
             bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
-            result = fn(bits)
+            result = convert(bits)
             if result.dtype != bits.dtype:
                 raise TypeError(f"buffer {name} of packed tables cannot become {result.dtype}")
             moved[name] = result.view(buffer.dtype)
         if self.device.type == "cpu" and moved["weights"].device.type not in ("cpu", "meta"):
             # A file's tables may have been opened without a look at their directories, which Triton's kernels trust.
             validate_packed_tables(self.packed_tables())
-        self._buffers.update(moved)
-        return self
+        buffers_of(self).update(moved)
 
     def extra_repr(self) -> str:
         if self.device.type == "meta":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
+    get_embedding_names_by_table,
     process_pooled_embeddings,
     reorder_inverse_indices,
 )
@@ -23,6 +24,8 @@ from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.groups import FeatureGroups, equal_groups, log_rank_groups
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.embedding_bag_collection import set_device
+from torchrec_mpe.upstream.modules import buffers_of
 
 # 12 groups a table: with 32 most groups see too few lookups in an epoch for the search to tell them from noise.
 _DEFAULT_GROUPS = {"log_rank": 12, "paper": 128}
@@ -75,7 +78,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         """A collection that shares the rows of a plain one."""
         collection = cls(module.embedding_bag_configs(), module.is_weighted(), torch.device("meta"))
         collection.embedding_bags = module.embedding_bags
-        collection._device = module.device
+        set_device(collection, module.device)
         collection.train(module.training)
         return collection
 
@@ -133,7 +136,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
     def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Enter the search or retrain phase, rows at their initial values."""
         for dim in self.quantizers():
-            self._buffers.pop(_row_map_name(dim), None)
+            buffers_of(self).pop(_row_map_name(dim), None)
         self.mpe = nn.ModuleDict({f"dim_{dim}": quantizer for dim, quantizer in quantizers.items()})
         self.phase = phase
         self.row_initialization = initialization
@@ -184,7 +187,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                 (t, f, table, number[feature])
                 for t, table in enumerate(self.embedding_bag_configs())
                 if table.embedding_dim == dim
-                for f, feature in enumerate(self._feature_names[t])
+                for f, feature in enumerate(table.feature_names)
             ]
             keys = [k for *_, k in lookups]
             stacked = quantize_and_pool(
@@ -202,20 +205,21 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             )
             parts = stacked.split([bags_per_key[k] for k in keys])
             pooled.update({(t, f): part for (t, f, _, _), part in zip(lookups, parts, strict=True)})
+        tables = self.embedding_bag_configs()
         inverse_indices = reorder_inverse_indices(
-            features.inverse_indices_or_none(), [name for names in self._feature_names for name in names]
+            features.inverse_indices_or_none(), [name for table in tables for name in table.feature_names]
         )
-        ordered = [pooled[t, f].float() for t, names in enumerate(self._feature_names) for f in range(len(names))]
+        ordered = [pooled[t, f].float() for t, table in enumerate(tables) for f in range(len(table.feature_names))]
         return KeyedTensor(
-            keys=self._embedding_names,
+            keys=[name for names in get_embedding_names_by_table(tables) for name in names],
             values=process_pooled_embeddings(ordered, inverse_indices),
-            length_per_key=self._lengths_per_embedding,
+            length_per_key=[table.embedding_dim for table in tables for _ in table.feature_names],
         )
 
     def _row_map(self, quantizer: RowQuantizer) -> Tensor:
         """What each row of the quantizer's tables belongs to, made at the first lookup: a sharded model needs none."""
         name = _row_map_name(quantizer.embedding_dim)
-        if name not in self._buffers:
+        if name not in buffers_of(self):
             maps = [quantizer.row_map(table) for table in quantizer.num_embeddings]
             self.register_buffer(name, torch.cat(maps).to(quantizer.beta.device), persistent=False)
         row_map: Tensor = self.get_buffer(name)

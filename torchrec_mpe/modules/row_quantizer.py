@@ -14,6 +14,7 @@ from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fix
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths, check_candidate_bits
 from torchrec_mpe.precision.groups import FeatureGroups
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.modules import ChecksItsState
 
 RanksByTable = Mapping[str, Tensor | None]
 
@@ -72,7 +73,7 @@ class _WidthsOverRanks(Mapping[str, TableBitWidths]):
         return len(self._by_rank)
 
 
-class RowQuantizer(nn.Module):
+class RowQuantizer(ChecksItsState):
     """Step sizes, offset and 0-bit vectors of the tables of one embedding dimension D.
 
     What each row belongs to is not stored here but made by :meth:`row_map`, for a whole table or a shard of it: a
@@ -141,18 +142,15 @@ class RowQuantizer(nn.Module):
         number = int.from_bytes(digest.digest()[:8], "little", signed=True)
         self.register_buffer("layout_digest", torch.tensor(number, device=self.alpha.device))
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *args: Any
-    ) -> None:
+    def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why the state of a quantizer of other counts or another plan cannot be loaded; None if it can."""
         loaded = state_dict.get(f"{prefix}layout_digest")
-        if loaded is not None and int(loaded) != int(self.layout_digest):
-            error_messages: list[str] = args[-1]
-            error_messages.append(
-                f"{prefix}layout_digest: the saved quantizer of tables {', '.join(self.table_number)} was prepared "
-                "with other counts, groups or bit-widths; prepare the model with the same counts and config, or plan"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        if loaded is None or int(loaded) == int(self.layout_digest):
+            return None
+        return (
+            f"{prefix}layout_digest: the saved quantizer of tables {', '.join(self.table_number)} was prepared "
+            "with other counts, groups or bit-widths; prepare the model with the same counts and config, or plan"
+        )
 
     def step_sizes(self) -> Tensor:
         """The positive step size of each candidate bit-width, [m]."""

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
 
 _FORMAT = "torchrec_mpe.frequencies"
 _VERSION = 1
@@ -158,7 +159,7 @@ def embedding_bag_configs(model: nn.Module) -> list[EmbeddingBagConfig]:
         if isinstance(module, EmbeddingBagCollectionInterface):
             tables = module.embedding_bag_configs()
         elif isinstance(module, ShardedEmbeddingBagCollection):
-            tables = module._embedding_bag_configs
+            tables = tables_of_sharded(module)
         for table in tables:
             if table.name in configs:
                 raise ValueError(f"two collections of the model have a table {table.name}: table names must differ")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Topology
 from torchrec.distributed.types import ShardingPlan
@@ -25,14 +24,9 @@ from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.upstream.fused_optimizers import FUSED_OPTIMIZERS
 
-_OPTIMIZERS = {
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adam": EmbOptimType.ADAM,
-    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
-}
+_OPTIMIZERS = {traits.option: optimizer for optimizer, traits in FUSED_OPTIMIZERS.items() if traits.option}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -4,15 +4,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from torchrec_mpe.upstream.polars import codes_of, new_categories
+
 
 class ValueDictionary:
-    """A growing dictionary text -> code, where codes are 0, 1, 2, ... in order of first appearance.
-
-    It is a thin cover over polars' ``Categories``, which polars calls unstable: this is the one place that uses it.
-    """
+    """A growing dictionary text -> code, where codes are 0, 1, 2, ... in order of first appearance."""
 
     def __init__(self) -> None:
-        self._type = pl.Categorical(pl.Categories.random())
+        self._type = new_categories()
         # One entry a code, in order; it also keeps polars from forgetting the categories.
         self._values = [pl.Series([], dtype=self._type)]
         self.size = 0
@@ -27,7 +26,7 @@ class ValueDictionary:
             uint32 [n].
         """
         categories = texts.cast(self._type)
-        codes: npt.NDArray[np.uint32] = categories.to_physical().to_numpy()
+        codes = codes_of(categories)
         new = np.flatnonzero(codes >= self.size)
         if new.size:
             distinct, first = np.unique(codes[new], return_index=True)

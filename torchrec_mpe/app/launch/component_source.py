@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchx.util import io
+from torchrec_mpe.upstream.torchx import file_contents
 
 _COMPONENTS = "torchrec_mpe.app.launch"
 
@@ -15,5 +15,4 @@ def get_file_contents(name: str) -> str | None:
     """
     if name == _COMPONENTS:
         return (Path(__file__).parent / "components.py").read_text(encoding="utf-8")
-    text: str | None = io._get_file_contents(name)
-    return text
+    return file_contents(name)

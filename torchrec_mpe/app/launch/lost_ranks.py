@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from torchrec_mpe.errors import UserError
+from torchrec_mpe.upstream.process_group import store_of_all_ranks
 
 _TIMED_OUT = ("timed out", "timeout", "failed to pass monitoredbarrier")
 _DISCONNECTED = ("connection closed", "connection reset", "broken pipe", "connection refused", "remote server shutdown")
@@ -58,7 +59,7 @@ def _silent_ranks(timeout: timedelta) -> str:
     waiting: set[int] = set()
 
     def ask() -> None:
-        store = dist.distributed_c10d._get_default_store()
+        store = store_of_all_ranks()
         store.set(f"{key}/{rank}", "1")
         while len(waiting) < len(ranks):
             waiting.update(other for other in ranks if other not in waiting and store.check([f"{key}/{other}"]))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.data.formats import FORMATS, prepare_data, print_notes
 from torchrec_mpe.errors import UserError
+from torchrec_mpe.upstream.process_group import store_of_all_ranks
 
 # Text of a few terabytes: the other ranks have nothing to do meanwhile.
 _LONGEST = timedelta(hours=24)
@@ -25,7 +26,7 @@ def prepare_once(options: argparse.Namespace, folder: Path) -> PreparedDataset:
     """
     if FORMATS[options.format].read is None:
         return PreparedDataset.open(options.data)
-    store = dist.distributed_c10d._get_default_store()
+    store = store_of_all_ranks()
     key = f"torchrec_mpe/prepared/{folder}"
     if dist.get_rank() == 0:
         if not (folder / "manifest.json").exists():  # the folder appears complete or not at all

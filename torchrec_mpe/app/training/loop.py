@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import binary_auroc
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -30,6 +29,7 @@ from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.penalty import bit_penalty
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
+from torchrec_mpe.upstream.modules import running_statistics
 
 _CURVE_POINTS = 40
 _CACHED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
@@ -212,10 +212,9 @@ def average_batch_norms(model: nn.Module) -> None:
     if dist.get_world_size() == 1:
         return
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-            for statistics in (module.running_mean, module.running_var):
-                dist.all_reduce(statistics)
-                statistics /= dist.get_world_size()
+        for statistics in running_statistics(module):
+            dist.all_reduce(statistics)
+            statistics /= dist.get_world_size()
 
 
 @torch.no_grad()

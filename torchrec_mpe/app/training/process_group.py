@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+
+from torchrec_mpe.upstream.process_group import store_in_memory
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=store_in_memory(), rank=0, world_size=1)
     try:
         yield
     finally:

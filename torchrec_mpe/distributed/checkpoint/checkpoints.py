@@ -11,11 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -30,6 +25,7 @@ from torchrec_mpe.distributed.checkpoint.training_state import OptimizerStateCho
 from torchrec_mpe.modules.embedding_bag_collection import Phase
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
 from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.upstream import checkpoint as dcp
 from torchrec_mpe.upstream.versions import installed_versions
 
 
@@ -164,7 +160,6 @@ class Checkpoints:
         manifest["tables"] = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
         temporary, target, shared = ranks.on_rank_0(lambda: self._begin(model, state, step, counts, plan))
         manifest.update(shared)
-        pending = _Save(step, Future(), Future())
 
         def publish(written: "Future[Any]") -> None:
             """On rank 0, when all ranks have written: in DCP's thread if asynchronous."""
@@ -178,16 +173,8 @@ class Checkpoints:
                 self._folder.discard(temporary)
                 pending.published.set_exception(error)
 
-        writer = FileSystemWriter(temporary)
-        if asynchronous:
-            response = async_save(tensors, storage_writer=writer, process_group=ranks.group())
-            pending.written = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
-        else:
-            try:
-                dcp_save(tensors, storage_writer=writer, process_group=ranks.group())
-                pending.written.set_result(None)
-            except (Exception, CheckpointException) as error:
-                pending.written.set_exception(error)
+        write = dcp.save_in_thread if asynchronous else dcp.save
+        pending = _Save(step, write(tensors, temporary, ranks.group()), Future())
         if ranks.rank == 0:
             pending.written.add_done_callback(publish)
         else:
@@ -209,8 +196,8 @@ class Checkpoints:
         for future in (pending.written, pending.published):
             try:
                 future.result()
-            except (Exception, CheckpointException) as error:
-                message = message or reason(error)
+            except dcp.FAILURES as error:
+                message = message or dcp.reason(error)
         failed = {rank: text for rank, text in enumerate(self._ranks.gather(message)) if text is not None}
         if failed:
             rank, text = min(failed.items())
@@ -275,21 +262,20 @@ class Checkpoints:
         self.wait()
         ranks = self._ranks
         extra = extra or {}
-        reader = FileSystemReader(checkpoint.path)
-        metadata = ranks.together(reader.read_metadata)
+        saved = ranks.together(partial(dcp.saved_tensors, checkpoint.path))
         # First: making the state writes back only rows that no batch in flight has.
         ranks.together(partial(check_no_batch_in_flight, model))
         state = ranks.together(partial(TrainingState, model, optimizer))
         tables = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
-        ranks.together(lambda: state.check_loadable(checkpoint, metadata, tables))
+        ranks.together(lambda: state.check_loadable(checkpoint, saved, tables))
         fresh = ranks.together(lambda: state.without_state(checkpoint, tables, optimizer_state))
         extra_tensors, _ = extra_state(extra)
-        ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, metadata))
-        targets = ranks.together(lambda: state.targets(checkpoint, metadata, fresh, ranks.rank, ranks.world_size))
+        ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, saved))
+        targets = ranks.together(lambda: state.targets(checkpoint, saved, fresh, ranks.rank, ranks.world_size))
         try:
-            dcp_load({**targets, **extra_tensors}, storage_reader=reader, process_group=ranks.group())
-        except (Exception, CheckpointException) as error:
-            raise RuntimeError(f"checkpoint {checkpoint.path} could not be loaded: {reason(error)}") from error
+            dcp.load({**targets, **extra_tensors}, checkpoint.path, ranks.group())
+        except dcp.FAILURES as error:
+            raise RuntimeError(f"checkpoint {checkpoint.path} could not be loaded: {dcp.reason(error)}") from error
         set_extra(extra, extra_tensors, checkpoint)
         ranks.together(lambda: state.set(targets, checkpoint, fresh, ranks.rank, ranks.world_size))
 
@@ -318,11 +304,3 @@ class Checkpoints:
         # One at a time: what another phase shared may be gone when this one needs it again.
         self._shared = {} if name is None else {kind: _Shared(content, state.layout_digests(), name)}
         return temporary, target, shared
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong in DCP, in one line: its own exception lists a traceback a rank."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (first, _) = min(error.failures.items())
-        return f"{reason(first)} (on rank {rank})"
-    return f"{type(error).__name__}: {error}"

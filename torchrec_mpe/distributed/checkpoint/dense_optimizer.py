@@ -1,15 +1,16 @@
 """State of a torch optimizer by parameter name, so that it can be loaded on any number of ranks."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+
+from torchrec_mpe.upstream.checkpoint import SavedTensor
+from torchrec_mpe.upstream.optimizers import torch_optimizer_of
+from torchrec_mpe.upstream.sharded_tensor import Shard, ShardedTensor, like_shards_of
 
 STATE = "optimizer."
 NUMBER = "optimizer_number."
@@ -28,7 +29,7 @@ def torch_optimizers(
     if isinstance(optimizer, CombinedOptimizer):
         return [inner for _, part in optimizer.optimizers for inner in torch_optimizers(part, fused)]
     if type(optimizer) is KeyedOptimizerWrapper:
-        return torch_optimizers(cast(Any, optimizer)._optimizer, fused)
+        return torch_optimizers(torch_optimizer_of(optimizer), fused)
     if isinstance(optimizer, KeyedOptimizer):
         raise TypeError(
             f"{type(optimizer).__name__} cannot be saved by parameter name: give the torch optimizer inside it"
@@ -120,18 +121,18 @@ class DenseOptimizers:
             f"{', '.join(differing[:5]) or 'none'}{' and others' if len(differing) > 5 else ''}"
         )
 
-    def targets(self, metadata: Metadata) -> dict[str, Tensor]:
+    def targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
         """Empty tensors for all state that a checkpoint has of these parameters."""
         parameters = {
             self._name[id(p)]: p for o in self._optimizers for group in o.param_groups for p in group["params"]
         }
         found: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
-        for key, entry in metadata.state_dict_metadata.items():
+        for key, entry in saved.items():
             name, state = _split(key)
-            if name not in parameters or not isinstance(entry, TensorStorageMetadata):
+            if name not in parameters:
                 continue
-            parameter, dtype = parameters[name], entry.properties.dtype
+            parameter, dtype = parameters[name], entry.dtype
             if len(entry.size) and isinstance(self._state_dict.get(name), ShardedTensor):
                 empty = self._loaded[key] = torch.empty_like(parameter.detach(), dtype=dtype)
                 found[key] = self._sharded(name, state, empty, parameter)
@@ -173,9 +174,7 @@ class DenseOptimizers:
         shards = table.local_shards()
         parts = value.detach().split([shard.tensor.shape[0] for shard in shards])
         local = [Shard(part, shard.metadata) for part, shard in zip(parts, shards, strict=True)]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
-            local, sharded_tensor_metadata=table.metadata(), process_group=table._process_group
-        )
+        return like_shards_of(table, local)
 
     def _group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         # Without tables: whether one is here depends on rank and sharding.

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 
 from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint
 from torchrec_mpe.distributed.checkpoint.fused_optimizer import global_size
+from torchrec_mpe.upstream.checkpoint import SavedTensor
 
 # Dictionaries whose keys are not all text, as lists of pairs: MultiStepLR counts its milestones in a Counter.
 _PAIRS: dict[str, Callable[[Iterable[tuple[Any, Any]]], dict[Any, Any]]] = {
@@ -36,7 +36,10 @@ def extra_state(extra: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[
 
 
 def check_extra(
-    extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint, metadata: Metadata
+    extra: Mapping[str, Stateful],
+    tensors: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    saved: Mapping[str, SavedTensor],
 ) -> None:
     """Make sure that a checkpoint has the state of some objects, whose present tensors are given.
 
@@ -49,11 +52,10 @@ def check_extra(
             known = ", ".join(sorted(checkpoint.manifest["extra"])) or "none"
             raise KeyError(f"the checkpoint {checkpoint.path} has no state of {name!r}; it has: {known}")
     for key, tensor in tensors.items():
-        entry = metadata.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+        if key not in saved:
             raise KeyError(f"the checkpoint {checkpoint.path} has no {key}")
-        if tuple(entry.size) != global_size(tensor):
-            raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {tuple(entry.size)}")
+        if saved[key].size != global_size(tensor):
+            raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {saved[key].size}")
 
 
 def set_extra(extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

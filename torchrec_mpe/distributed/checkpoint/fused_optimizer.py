@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ParameterSharding
@@ -20,6 +19,9 @@ from torchrec_mpe.distributed.checkpoint.cached_tables import (
     is_cached,
     optimizer_and_states,
 )
+from torchrec_mpe.upstream.optimizers import tbe_of
+from torchrec_mpe.upstream.sharded_tensor import ShardedTensor
+from torchrec_mpe.upstream.tbe import set_steps
 
 
 def fused_state(model: DistributedModelParallel) -> dict[str, Tensor]:
@@ -35,7 +37,7 @@ def fused_numbers(model: DistributedModelParallel) -> dict[str, Tensor]:
     """Steps taken and learning rate of each table of this rank, float64 [2] by parameter name."""
     numbers: dict[str, Tensor] = {}
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
-        tbe: Any = optimizer._emb_module
+        tbe: Any = tbe_of(optimizer)
         has_steps = isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen | CachedTableBatchedEmbeddingBags)
         steps = int(tbe.iter.item()) if has_steps else 0
         pair = torch.tensor([steps, tbe.get_learning_rate()], dtype=torch.float64)
@@ -46,7 +48,7 @@ def fused_numbers(model: DistributedModelParallel) -> dict[str, Tensor]:
 def set_fused_numbers(model: DistributedModelParallel, numbers: Mapping[str, Tensor], fresh: set[str]) -> None:
     """Set steps and learning rates to what :func:`fused_numbers` returned; ``fresh`` parameters are at step 0."""
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
-        tbe = optimizer._emb_module
+        tbe = tbe_of(optimizer)
         learning_rate = max(float(numbers[p][1]) for p in parameters)
         steps = max(0 if p in fresh else int(numbers[p][0]) for p in parameters)
         tbe.set_learning_rate(learning_rate)
@@ -55,9 +57,7 @@ def set_fused_numbers(model: DistributedModelParallel, numbers: Mapping[str, Ten
         if isinstance(tbe, CachedTableBatchedEmbeddingBags):
             tbe.set_optimizer_step(steps)
         elif isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
-            tbe.set_optimizer_step(steps)
-            if hasattr(tbe, "iter_cpu"):  # newer FBGEMM counts on the host as well
-                tbe.iter_cpu.fill_(steps)
+            set_steps(tbe, steps)
 
 
 def clear_fused_state(state: Mapping[str, Tensor]) -> None:
@@ -91,7 +91,7 @@ def describe_tables(model: DistributedModelParallel, state_dict: Mapping[str, Te
         tables[name] = {**_describe(sharding, 0), "wide_rows": wide_rows}  # always has a sharding spec
     for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
         for parameter in parameters:
-            tables[parameter]["optimizer"] = optimizer._emb_module.optimizer.value
+            tables[parameter]["optimizer"] = tbe_of(optimizer).optimizer.value
     for parameter, tensors in model.fused_optimizer.state_dict()["state"].items():
         tables[parameter]["state"] = {name: list(global_size(tensor)) for name, tensor in tensors.items()}
     for parameter, stored in describe_stores(model):

@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -32,6 +30,8 @@ from torchrec_mpe.distributed.checkpoint.fused_optimizer import (
 )
 from torchrec_mpe.distributed.checkpoint.preparation import phase_of, search_config_of
 from torchrec_mpe.distributed.checkpoint.rng import derive_rng_state, rng_state, set_rng_state
+from torchrec_mpe.upstream.checkpoint import SavedTensor
+from torchrec_mpe.upstream.sharded_tensor import ShardedTensor
 
 OptimizerStateChoice = bool | Literal["where possible"]
 
@@ -108,13 +108,13 @@ class TrainingState:
         return self._tables
 
     def check_loadable(
-        self, checkpoint: Checkpoint, metadata: Metadata, tables: Mapping[str, Mapping[str, Any]]
+        self, checkpoint: Checkpoint, saved: Mapping[str, SavedTensor], tables: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Find out before anything is loaded whether a checkpoint is of a model like this one.
 
         Args:
             checkpoint (Checkpoint): to load.
-            metadata (Metadata): of its tensors.
+            saved (Mapping[str, SavedTensor]): its tensors.
             tables (Mapping[str, Mapping[str, Any]]): of all ranks' :meth:`local_tables`.
 
         Raises:
@@ -133,16 +133,13 @@ class TrainingState:
                     "the checkpoint: call checkpoint.prepare_(model) before sharding it"
                 )
         check_cached_tables(checkpoint.manifest["tables"], tables)
-        stored = _sizes(metadata)
         here = self._of_model(0, checkpoint.manifest["local_buffers"])
-        _refuse(sorted(here.keys() - stored.keys()), f"the model has, and the checkpoint {checkpoint.path} has not")
-        unknown = {key for key in stored if key.startswith((_MODEL, f"{_BUFFERS}0."))} - here.keys()
+        _refuse(sorted(here.keys() - saved.keys()), f"the model has, and the checkpoint {checkpoint.path} has not")
+        unknown = {key for key in saved if key.startswith((_MODEL, f"{_BUFFERS}0."))} - here.keys()
         _refuse(sorted(unknown), f"the checkpoint {checkpoint.path} has, and the model has not")
         for key, tensor in here.items():
-            if global_size(tensor) != tuple(stored[key].size):
-                raise ValueError(
-                    f"{key} has shape {global_size(tensor)}, in the checkpoint it is {tuple(stored[key].size)}"
-                )
+            if global_size(tensor) != saved[key].size:
+                raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {saved[key].size}")
         if self._has_dense:
             self._dense.check(checkpoint.manifest["optimizers"])
 
@@ -165,11 +162,15 @@ class TrainingState:
         return set(reasons)
 
     def targets(
-        self, checkpoint: Checkpoint, metadata: Metadata, fresh: set[str], rank: int, world_size: int
+        self,
+        checkpoint: Checkpoint,
+        saved: Mapping[str, SavedTensor],
+        fresh: set[str],
+        rank: int,
+        world_size: int,
     ) -> dict[str, Tensor]:
         """The tensors to load into: those in use, and new ones for the rest."""
         moved = {name: t for name, t in self._fused.items() if not _of(name, fresh)}
-        saved = _sizes(metadata)
         numbers = {name: t for name, t in self._numbers.items() if f"{_FUSED_NUMBERS}{name}" in saved}
         # Under another world size what each rank had of its own is rank 0's for all.
         of_rank = rank if world_size == checkpoint.world_size else 0
@@ -179,9 +180,9 @@ class TrainingState:
             **_prefixed(_FUSED, moved),
             **_prefixed(_FUSED_NUMBERS, numbers),
             **cache_progress_targets(self._model, saved, _CACHES),
-            **self._dense.targets(metadata),
+            **self._dense.targets(saved),
             **{
-                key: torch.empty(entry.size, dtype=entry.properties.dtype)
+                key: torch.empty(entry.size, dtype=entry.dtype)
                 for key, entry in saved.items()
                 if key.startswith(prefix)
             },
@@ -226,11 +227,6 @@ def differing(digests: Sequence[Mapping[str, str]]) -> list[str]:
 def _refuse(names: list[str], said: str) -> None:
     if names:
         raise ValueError(f"{said}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
-
-
-def _sizes(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    entries = metadata.state_dict_metadata.items()
-    return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from torchrec.distributed.planner.constants import DDR_MEM_BW
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
@@ -11,6 +10,8 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
+
+from torchrec_mpe.upstream.planner import HOST_MEMORY_BANDWIDTH
 
 _GB = 10**9
 _UNITS = {"B": 1, **{f"{prefix}B": 1000**k for k, prefix in enumerate("KMGT", 1)}}
@@ -56,7 +57,7 @@ DEVICES = {
     "H200": _gpu(141, 4_800, 900, 50, 64),
     "B200": _gpu(180, 7_700, 1_800, 50, 64),
     # One rank on a host of its own; memory must be given.
-    "CPU": Device("cpu", 0, DDR_MEM_BW * 1000, 12.5 * _GB, 12.5 * _GB, DDR_MEM_BW * 1000),
+    "CPU": Device("cpu", 0, HOST_MEMORY_BANDWIDTH * 1000, 12.5 * _GB, 12.5 * _GB, HOST_MEMORY_BANDWIDTH * 1000),
 }
 """Devices by name."""
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.constants import MIN_CW_DIM
 from torchrec.distributed.planner.types import ParameterConstraints, Topology
 from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -14,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec_mpe.distributed.planner.cache_load import CUSTOMIZED_KERNEL
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection
+from torchrec_mpe.upstream.planner import NARROWEST_COLUMN_SHARD
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _complete(
 def _default_types(table: EmbeddingBagConfig, min_partition: int | None, topology: Topology) -> list[str]:
     types = [_TW, _RW]
     several_hosts = 1 < topology.local_world_size < topology.world_size
-    cuts_columns = (min_partition or MIN_CW_DIM) < table.embedding_dim
+    cuts_columns = (min_partition or NARROWEST_COLUMN_SHARD) < table.embedding_dim
     types += [_TWRW] * several_hosts + [_CW] * cuts_columns + [_TWCW] * (several_hosts and cuts_columns)
     return types
 

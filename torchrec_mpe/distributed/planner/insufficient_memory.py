@@ -4,20 +4,23 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    PlannerErrorType,
+    ShardingOption,
+    Topology,
+)
 
 from torchrec_mpe.distributed.planner.cache_load import cached_tables
 from torchrec_mpe.distributed.planner.cluster import with_world_size
-from torchrec_mpe.distributed.planner.plan_report import TableReport, readable, table_of_bytes
+from torchrec_mpe.distributed.planner.plan_report import PlanReport, TableReport, readable, table_of_bytes
+from torchrec_mpe.distributed.planner.shard_bytes import ShardBytes
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
-
-if TYPE_CHECKING:
-    from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 
 _FUSED, _UVM_CACHING = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _MAX_DEVICES = 4096
@@ -26,25 +29,48 @@ _HELD = ("rows", "store", "cache", "directory", "optimizer_state", "row_map", "r
 _TABLES_NAMED = 8
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What no plan was found for: a model, devices, the batch size of a rank, and the user's constraints by table."""
+
+    module: nn.Module
+    topology: Topology
+    batch_size: int
+    constraints: dict[str, ParameterConstraints]
+
+
+class PlanAgain(Protocol):
+    """Plans the same with some changes; returns how to get the report of the plan, None if there is none."""
+
+    def __call__(
+        self,
+        *,
+        topology: Topology = ...,
+        batch_size: int = ...,
+        constraints: dict[str, ParameterConstraints] = ...,
+    ) -> Callable[[], PlanReport] | None: ...
+
+
 def explain(
-    planner: "MPEShardingPlanner",
-    module: nn.Module,
-    sharders: list[ModuleSharder[nn.Module]],
     error_type: PlannerErrorType,
+    asked: Asked,
+    bytes_of_options: list[tuple[ShardingOption, list[ShardBytes]]],
+    reserved: Topology,
+    plan_again: PlanAgain,
 ) -> PlannerError:
     """An error with the bytes of every table, and the changes with which planning was tried again and succeeded.
 
     Args:
-        planner (MPEShardingPlanner): that found no plan.
-        module (nn.Module): as given to it.
-        sharders (List[ModuleSharder]): as given to it.
         error_type (PlannerErrorType): of TorchRec's error.
+        asked (Asked): what no plan was found for.
+        bytes_of_options (List[Tuple[ShardingOption, List[ShardBytes]]]): every option of every table, by shard.
+        reserved (Topology): the devices, less what is reserved on them.
+        plan_again (PlanAgain): tries a change.
     """
-    options, estimator, reserved = planner.options(module, sharders)
     lightest: dict[str, TableReport] = {}
     smallest_shard: dict[str, TableReport] = {}
-    for option in options:
-        table = TableReport.of(option, estimator.shard_bytes(option))
+    for option, shards in bytes_of_options:
+        table = TableReport.of(option, shards)
         if option.fqn not in lightest or table.device_bytes < lightest[option.fqn].device_bytes:
             lightest[option.fqn] = table
         if option.fqn not in smallest_shard or table.largest_shard < smallest_shard[option.fqn].largest_shard:
@@ -63,7 +89,7 @@ def explain(
             f", but shards do not fill devices evenly; the largest that is needed is "
             f"{readable(widest.largest_shard)} of table {widest.name} ({widest.sharding_type})"
         )
-    changes = list(_changes(planner, module, sharders, memory))
+    changes = list(_changes(asked, memory, plan_again))
     advice = "\n".join(f"- {change}" for change in changes) or (
         "- nothing that was tried: other sharding types, more devices, a smaller batch, rows in host memory"
     )
@@ -86,57 +112,41 @@ class _Memory:
     step: float
 
 
-def _changes(
-    planner: "MPEShardingPlanner",
-    module: nn.Module,
-    sharders: list[ModuleSharder[nn.Module]],
-    memory: _Memory,
-) -> Iterator[str]:
+def _changes(asked: Asked, memory: _Memory, plan_again: PlanAgain) -> Iterator[str]:
     """Changes with which a plan was found; such as cannot do by their bytes alone are not tried."""
-
-    def fits(changed: "MPEShardingPlanner") -> bool:
-        try:
-            changed.search(module, sharders)
-        except PlannerError:
-            return False
-        return True
-
-    world_size = planner.topology.world_size
-    given = planner.user_constraints
+    world_size = asked.topology.world_size
+    given = asked.constraints
     constrained = {name for name, constraint in given.items() if constraint.sharding_types}
     if constrained and memory.held / world_size + memory.step <= memory.available:
-        relaxed = planner.with_changes(constraints=_without_sharding_types(given))
-        if fits(relaxed):
-            kinds = {table.name: table.sharding_type for table in relaxed.report().tables}
+        relaxed = plan_again(constraints=_without_sharding_types(given))
+        if relaxed is not None:
+            kinds = {table.name: table.sharding_type for table in relaxed().tables}
             moved = [
                 f"{name} {kinds[name]}"
                 for name in sorted(constrained & set(kinds))
                 if kinds[name] not in (given[name].sharding_types or ())
             ]
             yield f"other sharding types than the constraints': {_some(moved)}"
-    devices = _fewest_devices(planner, fits, memory)
+    devices = _fewest_devices(asked.topology, memory, plan_again)
     if devices is not None:
         yield f"{devices} devices of this kind instead of {world_size}"
-    batch = planner.batch_size // 2
+    batch = asked.batch_size // 2
     room = memory.available - memory.held / world_size
-    while batch and memory.step * batch / planner.batch_size > room:
+    while batch and memory.step * batch / asked.batch_size > room:
         batch //= 2
     for smaller in (batch, batch // 2, batch // 4):
-        if smaller and fits(planner.with_changes(batch_size=smaller)):
-            yield f"a batch of {smaller} examples a rank instead of {planner.batch_size}"
+        if smaller and plan_again(batch_size=smaller) is not None:
+            yield f"a batch of {smaller} examples a rank instead of {asked.batch_size}"
             break
-    if planner.topology.compute_device == "cuda" and memory.step <= memory.available:
-        uvm = planner.with_changes(constraints=_with_uvm(given, module))
-        if fits(uvm):
-            moved = [table.name for table in uvm.report().tables if table.compute_kernel == _UVM_CACHING]
+    if asked.topology.compute_device == "cuda" and memory.step <= memory.available:
+        uvm = plan_again(constraints=_with_uvm(given, asked.module))
+        if uvm is not None:
+            moved = [table.name for table in uvm().tables if table.compute_kernel == _UVM_CACHING]
             yield f"rows in host memory behind a cache (compute kernel {_UVM_CACHING}) for {_some(moved)}"
 
 
-def _fewest_devices(
-    planner: "MPEShardingPlanner", fits: Callable[["MPEShardingPlanner"], bool], memory: _Memory
-) -> int | None:
+def _fewest_devices(topology: Topology, memory: _Memory, plan_again: PlanAgain) -> int | None:
     """The smallest number of whole hosts with which a plan is found, from what the bytes alone ask for."""
-    topology = planner.topology
     world_size: int = topology.world_size
     host: int = topology.local_world_size
     if memory.available <= memory.step:
@@ -146,14 +156,14 @@ def _fewest_devices(
     for _ in range(_GROWTHS):
         if hosts * host > _MAX_DEVICES:
             return None
-        if fits(planner.with_changes(topology=with_world_size(topology, hosts * host))):
+        if plan_again(topology=with_world_size(topology, hosts * host)) is not None:
             break
         low, hosts = hosts + 1, hosts * 5 // 4 + 1
     else:
         return None
     while low < hosts:
         middle = (low + hosts) // 2
-        if fits(planner.with_changes(topology=with_world_size(topology, middle * host))):
+        if plan_again(topology=with_world_size(topology, middle * host)) is not None:
             hosts = middle
         else:
             low = middle + 1

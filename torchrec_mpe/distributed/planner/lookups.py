@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from torchrec.distributed.planner.shard_estimators import get_num_poolings
 from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardingOption
 from torchrec.distributed.types import ShardingType
+
+from torchrec_mpe.upstream.planner import poolings_per_feature
 
 
 def lookups_per_feature(
@@ -29,7 +30,7 @@ def lookups_per_feature(
     """
     constraint = constraints.get(option.name) if constraints else None
     batch_sizes = (constraint and constraint.batch_sizes) or [option.batch_size] * option.num_inputs
-    poolings = get_num_poolings(constraints, option)
+    poolings = poolings_per_feature(option, constraints)
     share = world_size * shard.size[0] / option.tensor.shape[0]
     if option.sharding_type == ShardingType.DATA_PARALLEL.value:
         share = 1

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.constants import kernel_bw_lookup
-from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption, Topology
 
 from torchrec_mpe.distributed.planner.cache_load import cache_config, cache_load
@@ -14,9 +12,9 @@ from torchrec_mpe.distributed.planner.lookups import lookups_per_feature
 from torchrec_mpe.distributed.planner.optimizer_state import fused_optimizer
 from torchrec_mpe.distributed.planner.prefetch_traffic import prefetch_traffic
 from torchrec_mpe.distributed.planner.row_maps import row_map_bytes
-from torchrec_mpe.distributed.planner.storage_estimator import sharder_of_type
 from torchrec_mpe.distributed.planner.unpooled_rows import unpooled_rows
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.upstream.planner import EmbeddingPerfEstimator, device_memory_bandwidth, sharder_of_type
 
 
 class MPEPerfEstimator(EmbeddingPerfEstimator):
@@ -49,6 +47,7 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
         phase: Phase | None = None,
     ) -> None:
         super().__init__(topology, constraints)
+        self.topology, self.constraints = topology, constraints
         self._phase = phase
 
     def estimate(self, sharding_options: list[ShardingOption], *sharders: Any, **named_sharders: Any) -> None:
@@ -78,12 +77,12 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
         phase = (self._phase or collection.phase) if ours else Phase.PLAIN
         if phase is Phase.PLAIN:
             return
-        topology, bandwidth = self._topology, self._device_bandwidth()
+        topology, bandwidth = self.topology, device_memory_bandwidth(self.topology)
         map_bytes = row_map_bytes(collection, option.name, phase).device
         optimizer = fused_optimizer(option.tensor, sharders[option.module_type_key].fused_params)
         for shard in option.shards:
             rows, columns = shard.size
-            lookups = lookups_per_feature(option, shard, self._constraints, topology.world_size)
+            lookups = lookups_per_feature(option, shard, self.constraints, topology.world_size)
             unpooled = unpooled_rows(
                 lookups, rows, columns, map_bytes, topology.compute_device, option.compute_kernel, optimizer
             )
@@ -94,23 +93,11 @@ class MPEPerfEstimator(EmbeddingPerfEstimator):
         config = cache_config(option)
         if config is None:
             return
-        topology, bandwidth = self._topology, self._device_bandwidth()
+        topology, bandwidth = self.topology, device_memory_bandwidth(self.topology)
         over_link = config.location == "host" and topology.compute_device != "cpu"
         store_bandwidth = topology.hbm_to_ddr_mem_bw if over_link else bandwidth
         optimizer = fused_optimizer(option.tensor, sharders[option.module_type_key].fused_params)
         for shard in option.shards:
-            load = cache_load(option, shard, config, self._constraints, topology.world_size)
+            load = cache_load(option, shard, config, self.constraints, topology.world_size)
             moved = prefetch_traffic(option, shard, config, load, optimizer)
             shard.perf.prefetch_compute += moved.store / store_bandwidth + moved.slots / bandwidth
-
-    def _device_bandwidth(self) -> float:
-        """Of the device's memory, where slots and unpooled rows are; bytes a ms."""
-        topology = self._topology
-        bandwidth: float = kernel_bw_lookup(
-            topology.compute_device,
-            EmbeddingComputeKernel.FUSED.value,
-            topology.hbm_mem_bw,
-            topology.ddr_mem_bw,
-            topology.hbm_to_ddr_mem_bw,
-        )
-        return bandwidth

@@ -7,7 +7,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import (
     Enumerator,
     ParameterConstraints,
@@ -26,7 +25,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingPlan
 
 from torchrec_mpe.distributed.planner.constraints import complete_constraints, without_needless_row_wise
-from torchrec_mpe.distributed.planner.insufficient_memory import explain
+from torchrec_mpe.distributed.planner.insufficient_memory import Asked, explain
 from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed
 from torchrec_mpe.distributed.planner.perf_estimator import MPEPerfEstimator
 from torchrec_mpe.distributed.planner.plan_report import PlanReport
@@ -36,13 +35,14 @@ from torchrec_mpe.distributed.planner.storage_reservation import MPEStorageReser
 from torchrec_mpe.modules.embedding_bag_collection import Phase
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.upstream.planner import SearchingPlanner, reserved_share
 
 # Row-wise shards above which a second search, with all of them, would take minutes.
 _MAX_SHARDS = 32_768
 _NOTHING_FITS = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS, PlannerErrorType.PARTITION)
 
 
-class MPEShardingPlanner(EmbeddingShardingPlanner):
+class MPEShardingPlanner(SearchingPlanner):
     """An EmbeddingShardingPlanner that knows what mixed-precision training and serving need.
 
     It is used like TorchRec's, and differs in this:
@@ -129,21 +129,6 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
         self._only_whether_it_fits = False
         self._storage_estimator: MPEStorageEstimator | None = None
 
-    @property
-    def topology(self) -> Topology:
-        """The devices that are planned for."""
-        return self._topology
-
-    @property
-    def batch_size(self) -> int:
-        """Of each rank."""
-        return int(self._batch_size)
-
-    @property
-    def user_constraints(self) -> dict[str, ParameterConstraints]:
-        """Constraints as given, by table name."""
-        return dict(self._user_constraints or {})
-
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """A sharding plan that fits and is fast.
 
@@ -159,10 +144,10 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
             ValueError: if a table's constraints cannot be met, naming it.
         """
         try:
-            return self.search(module, sharders)
+            return self._search(module, sharders)
         except PlannerError as error:
             if self._own_enumerator and error.error_type in _NOTHING_FITS:
-                raise explain(self, module, sharders, error.error_type) from error
+                raise self._explained(module, sharders, error.error_type) from error
             raise
 
     def collective_plan(
@@ -200,19 +185,19 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
             raise ValueError(message) if kind is None else PlannerError(message, kind)
         return result
 
-    def search(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+    def _search(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """As :meth:`plan`, but where nothing fits, with TorchRec's error and without looking for a change."""
-        self._best_plan = None
+        self.forget_plan()
         if not self._own_enumerator:
             return super().plan(module, sharders)
-        complete = complete_constraints(module, sharders, self._topology, self._user_constraints)
-        narrow = without_needless_row_wise(module, self._topology, complete, self._user_constraints)
+        complete = complete_constraints(module, sharders, self.topology, self._user_constraints)
+        narrow = without_needless_row_wise(module, self.topology, complete, self._user_constraints)
         if self._own_proposers:
-            self._proposers = default_proposers(len(embedding_bag_configs(module)), self._topology.world_size)
+            self.propose_with(default_proposers(len(embedding_bag_configs(module)), self.topology.world_size))
         try:
             return self._search_with(narrow, module, sharders)
         except PlannerError:
-            shards = len(complete) * self._topology.world_size
+            shards = len(complete) * self.topology.world_size
             if narrow == complete or self._only_whether_it_fits or shards > _MAX_SHARDS:
                 raise
         return self._search_with(complete, module, sharders)
@@ -227,29 +212,41 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
         return super().plan(module, sharders)
 
     def _enumerate_with(self, constraints: dict[str, ParameterConstraints]) -> MPEStorageEstimator:
-        topology = self._topology
+        topology = self.topology
         estimator = MPEStorageEstimator(topology, constraints, self._pipeline_type, self._phase, self._count_lookups)
-        self._constraints = constraints
         self._storage_estimator = estimator
-        self._enumerator = EmbeddingEnumerator(
-            topology,
-            self._batch_size,
-            constraints,
-            [MPEPerfEstimator(topology, constraints, self._phase), estimator],
-        )
+        estimators = [MPEPerfEstimator(topology, constraints, self._phase), estimator]
+        self.search_among(EmbeddingEnumerator(topology, self.batch_size, constraints, estimators), constraints)
         return estimator
 
     def options(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
     ) -> tuple[list[ShardingOption], MPEStorageEstimator, Topology]:
         """Every table's sharding options with estimates, the estimator, and the topology less what is reserved."""
-        complete = complete_constraints(module, sharders, self._topology, self._user_constraints)
-        narrow = without_needless_row_wise(module, self._topology, complete, self._user_constraints)
+        complete = complete_constraints(module, sharders, self.topology, self._user_constraints)
+        narrow = without_needless_row_wise(module, self.topology, complete, self._user_constraints)
         estimator = self._enumerate_with(narrow)
-        found: list[ShardingOption] = self._enumerator.enumerate(module, sharders)
-        return found, estimator, self._reserved(module, sharders)
+        return self.enumerate(module, sharders), estimator, self.reserved_topology(module, sharders)
 
-    def with_changes(
+    def _explained(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], kind: PlannerErrorType
+    ) -> PlannerError:
+        """The error of a search that found no plan, with bytes and what would fit."""
+
+        def plan_again(**changes: Any) -> Callable[[], PlanReport] | None:
+            planner = self._with_changes(**changes)
+            try:
+                planner._search(module, sharders)
+            except PlannerError:
+                return None
+            return planner.report
+
+        options, estimator, reserved = self.options(module, sharders)
+        bytes_of_options = [(option, estimator.shard_bytes(option)) for option in options]
+        asked = Asked(module, self.topology, self.batch_size, dict(self._user_constraints or {}))
+        return explain(kind, asked, bytes_of_options, reserved, plan_again)
+
+    def _with_changes(
         self,
         topology: Topology | None = None,
         batch_size: int | None = None,
@@ -257,11 +254,11 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
     ) -> "MPEShardingPlanner":
         """A planner with the same settings but for these, that takes the first plan it finds."""
         planner = MPEShardingPlanner(
-            topology or self._topology,
-            batch_size or self._batch_size,
-            storage_reservation=copy.deepcopy(self._storage_reservation),
+            topology or self.topology,
+            batch_size or self.batch_size,
+            storage_reservation=copy.deepcopy(self.storage_reservation),
             proposer=ShardSizeProposer(first_that_fits=True),
-            partitioner=self._partitioner,
+            partitioner=self.partitioner,
             stats=[],
             constraints=self._user_constraints if constraints is None else constraints,
             debug=False,
@@ -278,12 +275,14 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
         Raises:
             RuntimeError: if there is none, or it was made with an enumerator that was passed in.
         """
-        reserved = self._storage_reservation.last_reserved_topology
-        if self._best_plan is None or self._storage_estimator is None or reserved is None:
+        reserved, best, estimator = (
+            self.storage_reservation.last_reserved_topology,
+            self.best_plan,
+            self._storage_estimator,
+        )
+        if best is None or estimator is None or reserved is None:
             raise RuntimeError("there is no plan to report on: call plan() first, on this process")
-        estimator = self._storage_estimator
-        shards = [estimator.shard_bytes(option) for option in self._best_plan]
-        return PlanReport.of(self._best_plan, shards, reserved)
+        return PlanReport.of(best, [estimator.shard_bytes(option) for option in best], reserved)
 
     def replan(self, precision: PrecisionPlan, *, available: int | None = None) -> PackedPlacement:
         """Where the packed tables go, on as few devices as hold them.
@@ -297,13 +296,8 @@ class MPEShardingPlanner(EmbeddingShardingPlanner):
             PlannerError: if the topology has too few devices, with the bytes of each table and how many would do.
         """
         if available is None:
-            devices = self._topology.devices
-            cpu = self._topology.compute_device == "cpu"
+            devices = self.topology.devices
+            cpu = self.topology.compute_device == "cpu"
             smallest = min(device.storage.ddr if cpu else device.storage.hbm for device in devices)
-            available = int(smallest * (1 - getattr(self._storage_reservation, "_percentage", 0)))
-        return place_packed(precision, available, self._topology.world_size)
-
-    def _reserved(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> Topology:
-        reservation: Any = self._storage_reservation
-        reserved: Topology = reservation.reserve(self._topology, self._batch_size, module, sharders, self._constraints)
-        return reserved
+            available = int(smallest * (1 - reserved_share(self.storage_reservation)))
+        return place_packed(precision, available, self.topology.world_size)

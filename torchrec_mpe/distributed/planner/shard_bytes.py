@@ -14,6 +14,7 @@ from torchrec_mpe.distributed.planner.optimizer_state import fused_optimizer, st
 from torchrec_mpe.distributed.planner.row_maps import row_map_bytes
 from torchrec_mpe.distributed.planner.unpooled_rows import UnpooledRows, unpooled_rows
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.upstream.optimizers import optimizer_in_backward
 
 _ON_HOST = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
 _DENSE = EmbeddingComputeKernel.DENSE.value
@@ -130,7 +131,7 @@ def bytes_of_shards(
     on_cpu = topology.compute_device == "cpu"
     optimizer = fused_optimizer(option.tensor, fused_params)
     # A dense kernel's optimizer is the user's own, known only where it was applied in backward.
-    has_state = kernel in _WHOLE and (not dense or hasattr(option.tensor, "_optimizer_classes"))
+    has_state = kernel in _WHOLE and (not dense or optimizer_in_backward(option.tensor) is not None)
     per_row = row_map_bytes(collection, option.name, phase)
     replicated = option.sharding_type == ShardingType.DATA_PARALLEL.value
     found: list[ShardBytes] = []

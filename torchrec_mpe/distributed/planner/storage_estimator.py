@@ -1,11 +1,10 @@
 """TorchRec's storage estimate, with what the search and retrain phases add."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
-from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator, ShardingOption, Topology
 from torchrec.distributed.types import PipelineType
 
@@ -15,6 +14,7 @@ from torchrec_mpe.distributed.planner.distinct_shards import distinct_shards
 from torchrec_mpe.distributed.planner.optimizer_state import fused_optimizer
 from torchrec_mpe.distributed.planner.shard_bytes import ShardBytes, bytes_of_shards
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
+from torchrec_mpe.upstream.planner import EmbeddingStorageEstimator, sharder_of_type, without_optimizer_state
 
 
 class MPEStorageEstimator(ShardEstimator):
@@ -99,14 +99,11 @@ class MPEStorageEstimator(ShardEstimator):
         plain = not ours or (self._phase or collection.phase) is Phase.PLAIN
         config = cache_config(option)
         reduced, like = distinct_shards(option, None if config is None else partial(wide_rows_of_shard, option))
-        if ours:
-            # Without the attribute by which TorchRec knows an optimizer: its state is counted here.
-            reduced._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
-        self._estimators[plain].estimate([reduced], self._sharders)
+        with without_optimizer_state(reduced) if ours else nullcontext():  # it is counted here
+            self._estimators[plain].estimate([reduced], self._sharders)
         storages = [shard.storage for shard in reduced.shards]
         if not ours:
             return [ShardBytes(inputs_outputs=s.hbm, frequency_ranks=s.ddr, ssd=s.ssd) for s in storages], like
-        reduced._tensor = option.tensor
         fused_params = self._sharders[option.module_type_key].fused_params
         topology, constraints, count = self._topology, self._constraints, self._count_lookups
         found = bytes_of_shards(reduced, storages, topology, constraints, fused_params, self._phase, count)
@@ -127,10 +124,3 @@ class MPEStorageEstimator(ShardEstimator):
                 for shard, held in zip(reduced.shards, found, strict=True)
             ]
         return found, like
-
-
-def sharder_of_type(sharders: tuple[Any, ...], named_sharders: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The enumerator's sharders by module type: its only argument, whose name depends on TorchRec's release."""
-    (by_type,) = (*sharders, *named_sharders.values())
-    mapping: Mapping[str, Any] = by_type
-    return mapping

@@ -31,6 +31,7 @@ class MPEStorageReservation(FixedPercentageStorageReservation):
         if not 0 <= percentage < 1:
             raise ValueError(f"the reserved part of device memory must lie in [0, 1), got {percentage}")
         super().__init__(percentage)
+        self.percentage = percentage
 
     def reserve(
         self,
@@ -41,15 +42,15 @@ class MPEStorageReservation(FixedPercentageStorageReservation):
         constraints: Mapping[str, ParameterConstraints] | None = None,
     ) -> Topology:
         """A copy of the topology with less memory; nothing is left rather than less than nothing."""
+        # The last one reserved is this very object.
         reserved = super().reserve(topology, batch_size, module, sharders, constraints)
         replicated = _COPIES * replicated_parameter_bytes(module, sharders)
         for device, whole in zip(reserved.devices, topology.devices, strict=True):
             if topology.compute_device == "cpu":
-                ddr = int(whole.storage.ddr * (1 - self._percentage)) - replicated
+                ddr = int(whole.storage.ddr * (1 - self.percentage)) - replicated
                 device.storage = Storage(device.storage.hbm, max(0, ddr), device.storage.ssd)
             else:
                 device.storage.hbm = max(0, device.storage.hbm - replicated)
-        self._last_reserved_topology = reserved
         return reserved
 
 

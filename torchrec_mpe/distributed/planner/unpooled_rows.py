@@ -6,12 +6,11 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_mpe.distributed.planner.lookups import distinct_rows
+from torchrec_mpe.upstream.fused_optimizers import traits_of
 
 _FP32 = 4
 _INT32 = 4
 _INT64 = 8
-# Optimizers and kernels with which torchrec_mpe.distributed.one_table_lookup looks each distinct row up once.
-_ONE_TABLE = (EmbOptimType.EXACT_SGD, EmbOptimType.SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
 # The index tensors that the bag op's kernels for CUDA make in backward, for each id: row number and table, int64, and
 # the group or candidate, at most int32; besides two int64 while the former are made.
 _CUDA_INDEX_BYTES = 4 * _INT64 + _INT32
@@ -72,7 +71,9 @@ def unpooled_rows(
     ids = sum(lookups)
     if not rows or not ids:
         return UnpooledRows()
-    if compute_device == "cpu" and compute_kernel != EmbeddingComputeKernel.DENSE.value and optimizer in _ONE_TABLE:
+    fused_on_cpu = compute_device == "cpu" and compute_kernel != EmbeddingComputeKernel.DENSE.value
+    # With these optimizers each distinct row is looked up once: torchrec_mpe.distributed.one_table_lookup.
+    if fused_on_cpu and traits_of(optimizer).one_table:
         found = sum(distinct_rows(of_feature, rows) for of_feature in lookups)
         # Distinct ids, their row numbers and bags of one row, int64; where each id is among them, int32.
         index_bytes = 3 * _INT64 * found + _INT32 * ids

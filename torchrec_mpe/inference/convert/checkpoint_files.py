@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +9,10 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
+
+from torchrec_mpe.upstream import checkpoint as dcp
 
 _SAFETENSORS_FLOATS = {"F64", "F32", "F16", "BF16"}
-_DCP_METADATA = ".metadata"
 
 
 class CheckpointFiles(Protocol):
@@ -56,7 +52,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_pickle: bool = False)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.is_dir():
-        if (path / _DCP_METADATA).is_file():
+        if (path / dcp.INDEX_FILE).is_file():
             if not allow_pickle:
                 raise ValueError(
                     f"{path} is a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle that can run "
@@ -125,15 +121,11 @@ class _DcpFolder:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            metadata = FileSystemReader(path).read_metadata()
-            entries = metadata.state_dict_metadata
+            saved = dcp.saved_tensors(path)
         except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError) as error:
-            raise ValueError(f"{path / _DCP_METADATA} cannot be read: {error}") from error
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        for key, entry in entries.items():
-            if isinstance(entry, TensorStorageMetadata) and entry.properties.dtype.is_floating_point:
-                self.shapes[key], self._dtypes[key] = tuple(entry.size), entry.properties.dtype
+            raise ValueError(f"{path / dcp.INDEX_FILE} cannot be read: {error}") from error
+        self._dtypes = {key: tensor.dtype for key, tensor in saved.items() if tensor.dtype.is_floating_point}
+        self.shapes: dict[str, tuple[int, ...]] = {key: saved[key].size for key in self._dtypes}
         self._loaded: tuple[str, Tensor] | None = None
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
@@ -141,12 +133,8 @@ class _DcpFolder:
             self._loaded = None  # the table before gives its memory back first
             tensor = torch.empty(self.shapes[key], dtype=self._dtypes[key])
             try:
-                with warnings.catch_warnings():
-                    # It warns that it runs in one process, as it is told to.
-                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                    load_dcp({key: tensor}, storage_reader=FileSystemReader(self._path), no_dist=True)
-            except CheckpointException as error:
-                first = next(iter(error.failures.values()))[0]
-                raise ValueError(f"{self._path}: {key} cannot be read: {first}") from error
+                dcp.load_alone({key: tensor}, self._path)
+            except dcp.LoadError as error:
+                raise ValueError(f"{self._path}: {key} cannot be read: {error}") from error
             self._loaded = key, tensor
         return self._loaded[1][start:stop].float()

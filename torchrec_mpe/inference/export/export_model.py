@@ -4,13 +4,11 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -30,6 +28,14 @@ from torchrec_mpe.inference.export.export_weights import write_weights
 from torchrec_mpe.inference.export.exported_model import METADATA_FILE, load_exported
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.ops import library
+from torchrec_mpe.upstream.export import (
+    CannotTraceError,
+    compile_package,
+    for_any_batch,
+    operator_namespaces,
+    trace,
+    with_state,
+)
 from torchrec_mpe.upstream.versions import __version__
 
 _FORMS = ("aoti", "program")
@@ -112,14 +118,14 @@ def export(
     shapes = symbolic_shapes(arguments, inputs, batch)
     flat = FlatModel(served, arguments).eval()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _any_batch(), TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+    with for_any_batch(), TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
         program = _trace(flat, inputs, dynamic_shapes(arguments, shapes))
         metadata = _metadata(program, arguments, inputs, shapes, served(*values), backend)
         staged = Path(folder) / target.name
         if weights == "beside":
             metadata |= write_weights(staged, _constants(program))
         if form == "aoti":
-            _write_compiled(program, staged, metadata)
+            compile_package(program, staged, metadata, constants_inside="weights_file" not in metadata)
         else:
             _write_program(program, staged, metadata)
         _check(staged, flat, inputs, shapes)
@@ -157,16 +163,10 @@ def _on_backend(model: nn.Module, backend: str) -> nn.Module:
     return copied
 
 
-def _any_batch() -> AbstractContextManager[None]:
-    """Trace and compile for any batch; otherwise torch.export makes programs for batches of 2 and more only."""
-    patched: AbstractContextManager[None] = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    return patched
-
-
 def _trace(flat: FlatModel, inputs: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]) -> ExportedProgram:
     try:
-        return torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
-    except torch._dynamo.exc.UserError as error:
+        return trace(flat, inputs, (shapes,))
+    except CannotTraceError as error:
         raise ValueError(
             f"torch.export cannot trace {type(flat.model).__name__} for every batch and number of ids; collections "
             f"that share a KeyedJaggedTensor must read the same features in the same order. It says: {error}"
@@ -213,9 +213,7 @@ def _dtype(tensor: Tensor) -> str:
 
 def _libraries(program: ExportedProgram) -> list[str]:
     """Namespaces of the operators that are not PyTorch's own."""
-    targets = (node.target for module in program.graph_module.modules() for node in module.graph.nodes)
-    namespaces = {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)}
-    return sorted(namespaces - {"aten", "prim", "prims", "higher_order"})
+    return sorted(operator_namespaces(program) - {"aten", "prim", "prims", "higher_order"})
 
 
 def _constants(program: ExportedProgram) -> dict[str, Tensor]:
@@ -224,21 +222,10 @@ def _constants(program: ExportedProgram) -> dict[str, Tensor]:
     return {**program.state_dict, **tensors}
 
 
-def _write_compiled(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    options: dict[str, Any] = {
-        "aot_inductor.metadata": metadata,
-        "aot_inductor.package_constants_in_so": "weights_file" not in metadata,
-        # Otherwise every call computes the constants of 8 elements or fewer.
-        "always_keep_tensor_constants": True,
-    }
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-
-
 def _write_program(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     if "weights_file" in metadata:
-        program = copy.copy(program)
         # A host that forgets to map the weights gets an error, not values.
-        program._state_dict = {name: _on_meta(t) for name, t in program.state_dict.items()}
+        program = with_state(program, _on_meta)
     torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_mpe.ops.packed_embedding_bag  # noqa: F401  (its operators)
 from torchrec_mpe.inference.export.export_arguments import Argument, flatten
 from torchrec_mpe.inference.export.export_weights import map_weights
+from torchrec_mpe.upstream.export import load_package
 
 METADATA_FILE = "torchrec_mpe.json"
 
@@ -119,7 +120,7 @@ def load_exported(path: str | os.PathLike[str], *, verify: bool = False) -> Expo
 
 
 def _load_compiled(file: Path, verify: bool) -> ExportedModel:
-    model = torch._inductor.aoti_load_package(str(file))
+    model = load_package(file)
     metadata = _checked(file, model.get_metadata())
     if "weights_file" not in metadata:
         return ExportedModel(model, metadata)

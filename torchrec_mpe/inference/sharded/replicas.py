@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+
+from torchrec_mpe.upstream.tensors import map_nested
 
 
 class ReplicatedModel(nn.Module):
@@ -44,5 +45,5 @@ class ReplicatedModel(nn.Module):
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
-        args, kwargs = tree_map(move, (args, kwargs), is_leaf=lambda value: hasattr(value, "to"))
+        args, kwargs = map_nested(move, (args, kwargs), is_leaf=lambda value: hasattr(value, "to"))
         return self.replicas[replica](*args, **kwargs)

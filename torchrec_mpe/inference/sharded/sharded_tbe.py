@@ -1,7 +1,6 @@
 """Packed tables spread over devices, behind the interface of one TBE."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,10 @@ from torchrec_mpe.inference.sharded.device_lookup import DeviceLookup
 from torchrec_mpe.inference.sharded.row_ranges import RowRange
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_offsets
+from torchrec_mpe.upstream.modules import ConvertsItself
 
-Self = TypeVar("Self", bound="ShardedPackedTableBatchedEmbeddingBags")
 
-
-class ShardedPackedTableBatchedEmbeddingBags(nn.Module):
+class ShardedPackedTableBatchedEmbeddingBags(ConvertsItself):
     """The lookup of packed tables whose tables, or ranges of rows, lie on several devices of one process.
 
     Ids go to the devices that hold their tables; a table in ranges has its ids sent to each of its devices. What the
@@ -143,12 +141,9 @@ class ShardedPackedTableBatchedEmbeddingBags(nn.Module):
         else:
             check_offsets(offsets, ids)
 
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for buffer in self.buffers():
-            if fn(buffer[:0]).device != buffer.device:
-                return self
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    def convert(self, convert: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        if all(convert(buffer[:0]).device == buffer.device for buffer in self.buffers()):
+            super().convert(convert, recurse)
 
     @property
     def device_bytes(self) -> dict[int, int]:

@@ -18,6 +18,7 @@ from torchrec_mpe.ops.cache_tensors import WAYS, CacheDirectory, RowMoves
 from torchrec_mpe.ops.triton.device import check_device
 from torchrec_mpe.ops.triton.lookup_counts import add_lookups
 from torchrec_mpe.ops.triton.table_fields import check, on_device, pointer
+from torchrec_mpe.upstream.tensors import add_each_
 
 _WAYS = tl.constexpr(WAYS)
 # The fields of a table: addresses of its directory, ...
@@ -400,7 +401,7 @@ def assign_cache_slots_(
         [1, *of_table]
         for of_table in zip(ids_per_table, num_unique, num_missing, num_spilled, num_evictions, strict=True)
     ]
-    torch._foreach_add_([d.statistics for d in directories], list(on_device(added, device).unbind()))
+    add_each_([d.statistics for d in directories], on_device(added, device).unbind())
     moves = (part.split(sizes, 1) for part, sizes in ((written, written_sizes), (fetched, num_missing)))
     return slots[first].to(ids.dtype), [RowMoves(*w, *f) for w, f in zip(*moves, strict=True)], needed
 

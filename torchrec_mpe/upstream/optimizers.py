@@ -1,0 +1,27 @@
+"""What TorchRec's optimizers wrap, and the optimizer that torch notes on a parameter."""
+
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
+from torchrec.optim.fused import FusedOptimizer
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+
+
+def tbe_of(optimizer: FusedOptimizer) -> Any:
+    """The TBE that a fused optimizer stands for."""
+    return optimizer._emb_module
+
+
+def torch_optimizer_of(wrapper: KeyedOptimizerWrapper) -> torch.optim.Optimizer:
+    """The torch optimizer that was wrapped."""
+    optimizer: torch.optim.Optimizer = wrapper._optimizer
+    return optimizer
+
+
+def optimizer_in_backward(weight: Tensor) -> EmbOptimType | None:
+    """The fused optimizer of a weight to which ``apply_optimizer_in_backward`` gave one, None otherwise."""
+    classes: Any = getattr(weight, "_optimizer_classes", None)
+    return optimizer_type_to_emb_opt_type(classes[0]) if classes else None
