@@ -48,9 +48,9 @@ CPP_TESTS_TSAN := build/cpp-tests-tsan
 CPP_TEST_FLAGS := -std=c++17 -O1 -g -pthread
 $(CPP_TESTS)/%: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
 $(CPP_TESTS_TSAN)/%: SANITIZER := -fsanitize=thread
-CPP_TEST_KERNELS := cpu_capability row_lock $(foreach kernel, \
+CPP_TEST_KERNELS := cpu_capability row_lock cache_slots $(foreach kernel, \
 	packed_embedding_bag quantize_and_pack cache_slots stored_rows, \
-	$(kernel) $(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
+	$(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
 CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/, \
 	lookup_test pack_test update_test cache_slots_test stored_rows_test lookup_fuzz)
 CPP_TEST_PROGRAMS_TSAN := $(addprefix $(CPP_TESTS_TSAN)/,update_test stored_rows_test)

@@ -1,12 +1,13 @@
-"""The ops that quantize rows in search and retraining, against what PyTorch makes of the same formulas.
+"""The op that quantizes and pools rows in search and retraining, against what PyTorch makes of the same formulas.
 
     python benchmarks/search_op.py             # 2 minutes
     python benchmarks/search_op.py --quick     # within one minute
 
-One thread, float32, the default candidates of 0 to 6 bits, random groups. Rivals of the search op, forward and
-backward: the eager reference; torch.compile of forward and backward composed of PyTorch's own operations
-(straight-through gradients by autograd); and, for either direction alone, a copy of as many bytes as it must at least
-move: forward reads and writes N*D floats, backward reads two and writes one time that many.
+One thread, float32, the default candidates of 0 to 6 bits, random groups, the bags of 26 features side by side with one
+id each, as of a Criteo batch: N ids in all. Rivals of search, forward and backward: the eager reference; torch.compile
+of forward and backward composed of PyTorch's own operations (straight-through gradients by autograd); and, for either
+direction alone, a copy of as many bytes as it must at least move: forward reads and writes N*D floats, backward reads
+two and writes one time that many.
 """
 
 import argparse
@@ -19,24 +20,25 @@ from measure import interleave, medians, ratio, versions, write_json
 from torch import Tensor
 
 from torchrec_mpe.files.text_table import text_table
-from torchrec_mpe.ops.quantization import expected_quantization, fixed_quantization
+from torchrec_mpe.ops.bags import SUM, Bags
+from torchrec_mpe.ops.quantized_embedding_bag import quantized_embedding_bag
 
 BITS = (0, 1, 2, 3, 4, 5, 6)
 TABLES, GROUPS = 26, 312
-SHAPES = ((53_248, 16), (53_248, 64), (500_000, 16))
+SHAPES = ((53_248, 16), (53_248, 64), (499_200, 16))
 
 
 def composed(
     rows: Tensor,
-    probabilities: Tensor,
     group: Tensor,
+    probabilities: Tensor,
     alpha: Tensor,
     beta: Tensor,
     zero_rows: Tensor,
     table: Tensor,
     scale: Sequence[float],
 ) -> Tensor:
-    """The search op written down in PyTorch's operations, for autograd and the compiler."""
+    """Search written down in PyTorch's operations, for autograd and the compiler."""
     p = probabilities[group]
     total = p[:, :1] * zero_rows[table]
     for k, bits in enumerate(BITS[1:], start=1):
@@ -44,9 +46,10 @@ def composed(
         step = alpha[k] * scale[k] + (alpha[k] * (1 - scale[k])).detach()
         offset = beta * scale[k] + (beta * (1 - scale[k])).detach()
         v = (rows - offset) / step
-        code = (v + (v.round() - v).detach()).clamp(low, high)
+        code = v + (v.round() - v).detach()
+        code = torch.where((low <= code) & (code <= high), code, code.detach().clamp(low, high))
         total = total + p[:, k : k + 1] * (code * step + offset)
-    return total
+    return total.view(TABLES, -1, rows.shape[1]).transpose(0, 1).reshape(rows.shape[0] // TABLES, -1)
 
 
 def inputs(rows: int, dim: int) -> dict[str, Tensor]:
@@ -62,47 +65,64 @@ def inputs(rows: int, dim: int) -> dict[str, Tensor]:
     }
     others = {
         "group": torch.randint(GROUPS, (rows,), generator=g),
-        "table": torch.arange(rows) * TABLES // rows,
+        "table": torch.arange(TABLES).repeat_interleave(rows // TABLES),
         "candidate": torch.randint(len(BITS), (rows,), generator=g).to(torch.uint8),
         "scale": torch.full((len(BITS),), 0.01),
-        "grad": torch.randn(rows, dim, generator=g),
+        "grad": torch.randn(rows // TABLES, TABLES * dim, generator=g),
     }
     return {**{name: leaf.requires_grad_() for name, leaf in leaves.items()}, **others}
 
 
 def calls(x: dict[str, Tensor], compiled: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
     """What is timed, by name; nothing accumulates gradients."""
-    searched = x["rows"], x["probabilities"], x["group"], x["alpha"], x["beta"], x["zero_rows"], x["table"]
-    fixed = x["rows"], x["candidate"], x["alpha"], x["beta"], x["zero_rows"], x["table"]
+    batch = len(x["rows"]) // TABLES
+    bags = Bags(
+        ids=torch.arange(batch).repeat(TABLES),
+        offsets=torch.arange(len(x["rows"]) + 1),
+        bags_per_feature=[batch] * TABLES,
+        first_row=[batch * t for t in range(TABLES)],
+        num_rows=[batch] * TABLES,
+        table=range(TABLES),
+        pooling_mode=[SUM] * TABLES,
+        side_by_side=True,
+    )
+    shared = x["alpha"], x["beta"], x["zero_rows"], BITS, x["scale"]
+    searched = x["group"], x["probabilities"], *shared
+    fixed = x["candidate"], None, *shared
     leaves = [x[name] for name in ("rows", "probabilities", "alpha", "beta", "zero_rows")]
     of_fixed = [x[name] for name in ("rows", "alpha", "beta", "zero_rows")]
+    of_composed = [x[name] for name in ("rows", "group", "probabilities", "alpha", "beta", "zero_rows", "table")]
     scale = x["scale"].tolist()
 
     def search(backend: str) -> object:
-        out = expected_quantization(*searched, BITS, x["scale"], backend=backend)
+        out = quantized_embedding_bag(x["rows"], bags, *searched, backend=backend)
         return torch.autograd.grad(out, leaves, x["grad"])
 
     def retrain(backend: str) -> object:
-        out = fixed_quantization(*fixed, BITS, x["scale"], backend=backend)
+        out = quantized_embedding_bag(x["rows"], bags, *fixed, backend=backend)
         return torch.autograd.grad(out, of_fixed, x["grad"])
 
-    plain_searched = (*(t.detach() for t in searched), BITS, x["scale"])
-    plain_fixed = (*(t.detach() for t in fixed), BITS, x["scale"])
+    def plain(arguments: Sequence[Any]) -> list[Any]:
+        flat = x["rows"], *bags, *arguments, 1.0
+        return [a.detach() if isinstance(a, Tensor) else a for a in flat]
+
+    plain_searched, plain_fixed = plain(searched), plain(fixed)
     # A copy of n floats moves 2 n: one is read, one written.
     size = x["rows"].numel()
     source, target = torch.randn(size), torch.empty(size)
     source_of_backward, target_of_backward = torch.randn(size * 3 // 2), torch.empty(size * 3 // 2)
-    ops = torch.ops.torchrec_mpe
+    forward = torch.ops.torchrec_mpe.quantized_embedding_bag
+    backward = torch.ops.torchrec_mpe.quantized_embedding_bag_backward
     return {
         "search": lambda: search("cpu"),
         "search eager": lambda: search("reference"),
-        "search torch.compile": lambda: torch.autograd.grad(compiled(*searched, scale), leaves, x["grad"]),
+        "search torch.compile": lambda: torch.autograd.grad(compiled(*of_composed, scale), leaves, x["grad"]),
         "retrain": lambda: retrain("cpu"),
         "retrain eager": lambda: retrain("reference"),
-        "search forward": lambda: ops.expected_quantization(*plain_searched),
-        "search backward": lambda: ops.expected_quantization_backward(x["grad"], *plain_searched),
-        "retrain forward": lambda: ops.fixed_quantization(*plain_fixed),
-        "retrain backward": lambda: ops.fixed_quantization_backward(x["grad"], *plain_fixed),
+        "search forward": lambda: forward(*plain_searched),
+        "search backward": lambda: backward(x["grad"], *plain_searched, False),
+        "retrain forward": lambda: forward(*plain_fixed),
+        "retrain backward": lambda: backward(x["grad"], *plain_fixed, False),
         "copy forward": lambda: target.copy_(source),
         "copy backward": lambda: target_of_backward.copy_(source_of_backward),
     }

@@ -1,8 +1,5 @@
 #include "cache_slots.h"
 
-#include "cpu_capability.h"
-#include "simd_targets.h"
-
 namespace torchrec_mpe {
 namespace {
 
@@ -150,23 +147,5 @@ void list_moves(const Assignment& assignment, int32_t* written_slots, int32_t* w
     *fetched_rows++ = miss.row;
   }
 }
-
-template <typename index_t>
-AssignSlots<index_t> assign_slots_kernel() {
-#ifdef TORCHREC_MPE_X86
-  switch (cpu_capability()) {
-    case CpuCapability::Avx512:
-      return avx512::assign_slots<index_t>;
-    case CpuCapability::Avx2:
-      return avx2::assign_slots<index_t>;
-    case CpuCapability::Scalar:
-      break;
-  }
-#endif
-  return scalar::assign_slots<index_t>;
-}
-
-template AssignSlots<int32_t> assign_slots_kernel<int32_t>();
-template AssignSlots<int64_t> assign_slots_kernel<int64_t>();
 
 }  // namespace torchrec_mpe

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "simd_targets.h"
+
 namespace torchrec_mpe {
 
 constexpr int64_t kWays = 32;  // slots of a set
@@ -127,22 +129,8 @@ void list_moves(const Assignment& assignment, int32_t* written_slots, int32_t* w
 // The byte of a row's count after more lookups: torchrec_mpe/ops/reference/lookup_counts.py.
 uint8_t count_lookups(const CachedTable& table, uint8_t byte, int32_t row, int64_t more);
 
-#define TORCHREC_MPE_ASSIGN_SLOTS  \
-  template <typename index_t>      \
-  void assign_slots(Assignment& assignment, const index_t* ids, int64_t n, index_t* locations);
-namespace avx512 {
-TORCHREC_MPE_ASSIGN_SLOTS
-}
-namespace avx2 {
-TORCHREC_MPE_ASSIGN_SLOTS
-}
-namespace scalar {
-TORCHREC_MPE_ASSIGN_SLOTS
-}
-#undef TORCHREC_MPE_ASSIGN_SLOTS
-
-// The implementations for cpu_capability().
-template <typename index_t>
-AssignSlots<index_t> assign_slots_kernel();
+TORCHREC_MPE_OF_EACH_CPU(
+    template <typename index_t>
+    void assign_slots(Assignment& assignment, const index_t* ids, int64_t n, index_t* locations);)
 
 }  // namespace torchrec_mpe

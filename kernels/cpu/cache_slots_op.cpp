@@ -130,7 +130,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<int64_t>> assign_cache_slots
     for (int64_t t = 0; t < tables; ++t) {
       TORCH_CHECK_INDEX(bad[t] < 0, "table ", t, " has ", num_rows[t], " rows, got the id ", from[start[t] + bad[t]]);
     }
-    const AssignSlots<index_t> assign = assign_slots_kernel<index_t>();
+    const AssignSlots<index_t> assign = TORCHREC_MPE_OF_THIS_CPU(assign_slots<index_t>);
     at::parallel_for(0, tables, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         assign(assignments[t], from + start[t], ids_per_table[t], to + start[t]);

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "packed_tables.h"
+#include "simd_targets.h"
 
 namespace torchrec_mpe {
 
@@ -47,17 +48,6 @@ struct Faults {
 // Pools bags [first, last) of all features' bags.
 using LookupBags = void (*)(const Lookup& lookup, int64_t first, int64_t last, Faults& faults);
 
-namespace avx512 {
-void lookup_bags(const Lookup& lookup, int64_t first, int64_t last, Faults& faults);
-}
-namespace avx2 {
-void lookup_bags(const Lookup& lookup, int64_t first, int64_t last, Faults& faults);
-}
-namespace scalar {
-void lookup_bags(const Lookup& lookup, int64_t first, int64_t last, Faults& faults);
-}
-
-// The implementation for cpu_capability().
-LookupBags lookup_bags_kernel();
+TORCHREC_MPE_OF_EACH_CPU(void lookup_bags(const Lookup& lookup, int64_t first, int64_t last, Faults& faults);)
 
 }  // namespace torchrec_mpe

@@ -317,7 +317,7 @@ void packed_embedding_bag_out(
   const int64_t pieces = parts * pieces_a_part;
   const std::vector<int64_t> bounds = split_bags(bag_offsets, bags, pieces);
   std::vector<Faults> faults(pieces);
-  const LookupBags lookup_bags = lookup_bags_kernel();
+  const LookupBags lookup_bags = TORCHREC_MPE_OF_THIS_CPU(lookup_bags);
   const void* const storage = weights.storage().data();
   at::parallel_for(0, pieces, pieces_a_part, [&](int64_t first, int64_t last) {
     for (int64_t piece = first; piece < last; ++piece) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "simd_targets.h"
+
 // GCC has __builtin_shufflevector from 12 on; before it has __builtin_shuffle, which Clang lacks.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 #define TORCHREC_MPE_NO_SHUFFLEVECTOR
@@ -77,16 +79,14 @@ struct Sums {
   double* groups;     // [G, kSums], search only
 };
 
+// Of search or of retraining.
 template <typename T>
 struct Kernels {
   // With pooled, rows are added to `out` with their weights; else written.
-  void (*expected_forward)(const Block<T>&, const Parameters<T>&, bool pooled, T* out);
-  void (*fixed_forward)(const Block<T>&, const Parameters<T>&, bool pooled, T* out);
+  void (*forward)(const Block<T>&, const Parameters<T>&, bool pooled, T* out);
   // `scratch` is [2, padded_dim]; grad_weights [size] or null.
-  void (*expected_backward)(const Block<T>&, const Parameters<T>&, const T* grad, T* grad_rows, T* grad_weights,
-                            T* scratch, const Sums&);
-  void (*fixed_backward)(const Block<T>&, const Parameters<T>&, const T* grad, T* grad_rows, T* grad_weights,
-                         T* scratch, const Sums&);
+  void (*backward)(const Block<T>&, const Parameters<T>&, const T* grad, T* grad_rows, T* grad_weights, T* scratch,
+                   const Sums&);
   // to[to_offset[i] ..] += weight[i] * from[from_offset[i] ..], `dim` elements each.
   void (*add_rows)(int64_t size, int64_t dim, const T* from, const int64_t* from_offset, const T* weight, T* to,
                    const int64_t* to_offset);
@@ -95,22 +95,9 @@ struct Kernels {
                    const T* weight, T* dots);
 };
 
-// The kernels for cpu_capability().
-template <typename T>
-Kernels<T> kernels();
-
-namespace scalar {
-template <typename T>
-Kernels<T> kernels();
-}
-namespace avx2 {
-template <typename T>
-Kernels<T> kernels();
-}
-namespace avx512 {
-template <typename T>
-Kernels<T> kernels();
-}
+TORCHREC_MPE_OF_EACH_CPU(
+    template <typename T>
+    Kernels<T> kernels(bool search);)
 
 }  // namespace quantization
 }  // namespace torchrec_mpe

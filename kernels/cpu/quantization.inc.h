@@ -378,9 +378,10 @@ void dot_rows(int64_t size, int64_t dim, const T* a, const int64_t* a_offset, co
 }
 
 template <typename T>
-Kernels<T> kernels() {
-  return {expected_forward<T>, fixed_forward<T>, expected_backward<T>, fixed_backward<T>, add_rows<T>, dot_rows<T>};
+Kernels<T> kernels(bool search) {
+  return {search ? expected_forward<T> : fixed_forward<T>, search ? expected_backward<T> : fixed_backward<T>,
+          add_rows<T>, dot_rows<T>};
 }
 
-template Kernels<float> kernels<float>();
-template Kernels<double> kernels<double>();
+template Kernels<float> kernels<float>(bool search);
+template Kernels<double> kernels<double>(bool search);

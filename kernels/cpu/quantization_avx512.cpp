@@ -1,5 +1,4 @@
 #include "quantization.h"
-#include "simd_targets.h"
 
 #ifdef TORCHREC_MPE_X86
 TORCHREC_MPE_BEGIN_AVX512

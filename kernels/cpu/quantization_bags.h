@@ -1,4 +1,4 @@
-// Where rows to quantize come from and go to, in blocks.
+// The bags of a batch: where rows to quantize come from and go to, in blocks.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -16,61 +16,13 @@ namespace quantization {
 
 constexpr int64_t kMean = 1;  // FBGEMM's PoolingMode
 
-// Rows on their own: the output row of a row is its own.
-class EachRow {
- public:
-  EachRow(const Tensor& rows, const Tensor& lines, const OptionalTensor& tables, const Quantizer& q)
-      : rows_(rows.contiguous()), lines_(lines), num_lines_(q.num_lines()), num_tables_(q.num_tables()) {
-    TORCH_CHECK_VALUE(lines.dim() == 1 && lines.size(0) == rows.size(0), "one group or candidate a row: ", rows.size(0),
-                      ", not ", lines.sizes());
-    if (q.zero_rows) {
-      TORCH_CHECK_VALUE(tables && tables->dim() == 1 && tables->size(0) == rows.size(0),
-                        "zero_rows need one table number a row");
-      tables_.emplace(*tables);
-    }
-  }
-
-  int64_t num_ids() const { return rows_.size(0); }
-  const Tensor& rows() const { return rows_; }
-  int64_t bound(int64_t chunk, int64_t chunks) const { return num_ids() * chunk / chunks; }
-
-  template <typename T, typename Body>
-  void each_block(int64_t begin, int64_t end, const Body& body) const {
-    Block<T> block;
-    const int64_t dim = rows_.size(1);
-    std::fill_n(block.table, kBlock, 0);
-    std::fill_n(block.weight, kBlock, T(1));
-    std::fill_n(block.inverse_length, kBlock, T(1));
-    for (int64_t first = begin; first < end; first += kBlock) {
-      block.first = first;
-      block.rows = rows_.template const_data_ptr<T>() + first * dim;
-      block.size = std::min<int64_t>(kBlock, end - first);
-      const auto index = [first](int64_t i) { return first + i; };
-      lines_.read(block.size, index, num_lines_, block.line);
-      if (tables_) {
-        tables_->read(block.size, index, num_tables_, block.table);
-      }
-      for (int64_t i = 0; i < block.size; ++i) {
-        block.offset[i] = (first + i) * dim;
-      }
-      body(block, nullptr);
-    }
-  }
-
- private:
-  Tensor rows_;
-  Integers lines_;
-  std::optional<Integers> tables_;
-  int64_t num_lines_, num_tables_;
-};
-
 // Rows looked up for the bags of several features.
-class EachBag {
+class Bags {
  public:
-  EachBag(const Tensor& rows, const Tensor& ids, const Tensor& offsets, at::IntArrayRef bags_per_feature,
-          at::IntArrayRef first_row, at::IntArrayRef num_rows, at::IntArrayRef table, at::IntArrayRef pooling_mode,
-          bool side_by_side, const Tensor& lines, const OptionalTensor& weights, const OptionalTensor& index,
-          const OptionalTensor& row_offsets, const Quantizer& q)
+  Bags(const Tensor& rows, const Tensor& ids, const Tensor& offsets, at::IntArrayRef bags_per_feature,
+       at::IntArrayRef first_row, at::IntArrayRef num_rows, at::IntArrayRef table, at::IntArrayRef pooling_mode,
+       const OptionalTensor& weights, const OptionalTensor& index, const OptionalTensor& row_offsets,
+       bool side_by_side, const Tensor& lines, const Quantizer& q)
       : rows_(rows.contiguous()),
         ids_(ids),
         offsets_(offsets),

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "simd_targets.h"
+
 namespace torchrec_mpe {
 
 struct RowsToPack {
@@ -17,17 +19,6 @@ struct RowsToPack {
 // Packs rows [first, last).
 using PackRows = void (*)(const RowsToPack& rows, int64_t first, int64_t last);
 
-namespace avx512 {
-void pack_rows(const RowsToPack& rows, int64_t first, int64_t last);
-}
-namespace avx2 {
-void pack_rows(const RowsToPack& rows, int64_t first, int64_t last);
-}
-namespace scalar {
-void pack_rows(const RowsToPack& rows, int64_t first, int64_t last);
-}
-
-// The implementation for cpu_capability().
-PackRows pack_rows_kernel();
+TORCHREC_MPE_OF_EACH_CPU(void pack_rows(const RowsToPack& rows, int64_t first, int64_t last);)
 
 }  // namespace torchrec_mpe

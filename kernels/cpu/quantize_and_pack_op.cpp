@@ -25,7 +25,7 @@ Tensor quantize_and_pack(const Tensor& rows, int64_t bits, const Tensor& alpha, 
   Tensor packed = at::empty({n, row_bytes}, rows.options().dtype(at::kByte));
   const RowsToPack all{values.const_data_ptr<float>(), rows.size(1), static_cast<int>(bits),
                        *alpha.const_data_ptr<float>(), offset.const_data_ptr<float>(), packed.data_ptr<uint8_t>()};
-  const PackRows pack_rows = pack_rows_kernel();
+  const PackRows pack_rows = TORCHREC_MPE_OF_THIS_CPU(pack_rows);
   const int64_t grain = std::max<int64_t>(1, 65536 / rows.size(1));
   at::parallel_for(0, n, grain, [&](int64_t first, int64_t last) { pack_rows(all, first, last); });
   return packed;

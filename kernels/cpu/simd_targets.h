@@ -2,6 +2,8 @@
 // inline function of theirs is compiled for it.
 #pragma once
 
+#include "cpu_capability.h"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define TORCHREC_MPE_X86 1
 #if defined(__clang__)
@@ -17,4 +19,26 @@
 #define TORCHREC_MPE_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,bmi,bmi2\")")
 #define TORCHREC_MPE_END _Pragma("GCC pop_options")
 #endif
+#endif
+
+// Declares what every instruction set has, in a namespace each.
+#define TORCHREC_MPE_OF_EACH_CPU(...) \
+  namespace scalar {                  \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace avx2 {                    \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace avx512 {                  \
+  __VA_ARGS__                         \
+  }
+
+// The function of cpu_capability()'s instruction set.
+#ifdef TORCHREC_MPE_X86
+#define TORCHREC_MPE_OF_THIS_CPU(function)                                                          \
+  (::torchrec_mpe::cpu_capability() == ::torchrec_mpe::CpuCapability::Avx512 ? &avx512::function    \
+   : ::torchrec_mpe::cpu_capability() == ::torchrec_mpe::CpuCapability::Avx2 ? &avx2::function      \
+                                                                             : &scalar::function)
+#else
+#define TORCHREC_MPE_OF_THIS_CPU(function) (&scalar::function)
 #endif

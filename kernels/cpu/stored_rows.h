@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "simd_targets.h"
+
 namespace torchrec_mpe {
 
 enum class StateType { Float, BFloat16, Ue6m2 };
@@ -60,22 +62,8 @@ inline StoredPlace place_of(const StoredRows& table, int64_t row) {
 using WriteRows = void (*)(const StoredRows& table, const Rounding& rounding, int64_t first, int64_t last);
 using ReadRows = void (*)(const StoredRows& table, int64_t first, int64_t last);
 
-#define TORCHREC_MPE_STORED_ROWS_KERNELS                                                                     \
-  void write_stored_rows(const StoredRows& table, const Rounding& rounding, int64_t first, int64_t last);    \
-  void read_stored_rows(const StoredRows& table, int64_t first, int64_t last);
-namespace avx512 {
-TORCHREC_MPE_STORED_ROWS_KERNELS
-}
-namespace avx2 {
-TORCHREC_MPE_STORED_ROWS_KERNELS
-}
-namespace scalar {
-TORCHREC_MPE_STORED_ROWS_KERNELS
-}
-#undef TORCHREC_MPE_STORED_ROWS_KERNELS
-
-// The implementations for cpu_capability().
-WriteRows write_rows_kernel();
-ReadRows read_rows_kernel();
+TORCHREC_MPE_OF_EACH_CPU(
+    void write_stored_rows(const StoredRows& table, const Rounding& rounding, int64_t first, int64_t last);
+    void read_stored_rows(const StoredRows& table, int64_t first, int64_t last);)
 
 }  // namespace torchrec_mpe

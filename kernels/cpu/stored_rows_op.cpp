@@ -167,7 +167,7 @@ void write_stored_rows_(TensorList rows4, TensorList rows8, TensorList is_wide, 
     roundings.push_back({stochastic_rounding, static_cast<uint32_t>(batch), static_cast<uint64_t>(seeds[t]),
                          first_rows[t], first_columns[t]});
   }
-  const WriteRows write = write_rows_kernel();
+  const WriteRows write = TORCHREC_MPE_OF_THIS_CPU(write_stored_rows);
   tables.for_each_move([&](int64_t t, const StoredRows& table, int64_t first, int64_t last) {
     write(table, roundings[t], first, last);
   });
@@ -177,7 +177,7 @@ void read_stored_rows_(TensorList rows4, TensorList rows8, TensorList is_wide, T
                        TensorList values, TensorList states, at::IntArrayRef states_per_table, TensorList slots,
                        TensorList rows, std::vector<std::string> state_dtypes) {
   const Tables tables(rows4, rows8, is_wide, wide_before, values, states, states_per_table, slots, rows, state_dtypes);
-  const ReadRows read = read_rows_kernel();
+  const ReadRows read = TORCHREC_MPE_OF_THIS_CPU(read_stored_rows);
   tables.for_each_move(
       [&](int64_t, const StoredRows& table, int64_t first, int64_t last) { read(table, first, last); });
 }

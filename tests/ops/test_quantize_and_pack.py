@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torchrec_mpe.ops.quantization import fixed_quantization
+from tests.ops.test_quantize_rows import quantize
+from torchrec_mpe.ops.backends import use_backend
 from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.reference.bitpack import unpack_codes
 
@@ -16,9 +17,9 @@ def test_codes_are_the_fake_quantizers(bits: int, dim: int) -> None:
     alpha, beta = torch.rand((), generator=g) / 2**bits + 1e-3, torch.randn(dim, generator=g) / 10
     packed = quantize_and_pack(rows, bits, alpha, beta, backend="reference")
     assert packed.dtype == torch.uint8 and packed.shape == (200, -(-dim // 8) * bits)
-    quantized = fixed_quantization(
-        rows, torch.zeros(200).long(), alpha.view(1), beta, None, None, [bits], torch.ones(1), backend="reference"
-    )
+    with use_backend("reference"):
+        zeros, one = torch.zeros(200).long(), torch.ones(1)
+        quantized = quantize(rows, zeros, None, alpha.view(1), beta, None, None, (bits,), one)
     codes = unpack_codes(packed, bits, dim).float() - 2 ** (bits - 1)
     assert torch.equal(torch.addcmul(beta, codes, alpha), quantized)
 

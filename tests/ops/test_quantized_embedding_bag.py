@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.every_backend import CPU, FAST, on
-from tests.ops.test_quantization import lsq
+from tests.ops.test_quantize_rows import lsq
 from torchrec_mpe.ops import triton_backend
-from torchrec_mpe.ops.quantized_embedding_bag import (
-    expected_embedding_bag,
-    fixed_embedding_bag,
-    row_numbers,
-    unique_ids,
-)
+from torchrec_mpe.ops.backends import use_backend
+from torchrec_mpe.ops.bags import ARGUMENT_NAMES, MEAN, SUM, Bags, Gradients
+from torchrec_mpe.ops.quantized_embedding_bag import quantized_embedding_bag, row_numbers, unique_ids
 
-SUM, MEAN = 0, 1
 NUM_ROWS = (5, 9, 5)  # of the tables, of which the features look up 0, 1, 2 and 1
 TABLES = (0, 1, 2, 1)
 FIRST_ROWS = (0, 5, 14)
@@ -81,29 +77,37 @@ def row_of(feature: int, id_: int) -> int:
     return FIRST_ROWS[table] + (id_ if 0 <= id_ < NUM_ROWS[table] else 0)
 
 
-def run(case: Case, e: Example) -> Tensor:
-    flat = [i for bags in e.ids for bag in bags for i in bag]
-    ids = torch.tensor(flat, dtype=case.id_type)
+def bags_of(case: Case, e: Example) -> Bags:
     lengths = torch.tensor([len(bag) for bags in e.ids for bag in bags], dtype=case.id_type)
-    # Offsets that start elsewhere, as those of a slice of features do.
-    offsets = torch.cat([torch.tensor([0]), lengths.cumsum(0)]).to(case.id_type) + 7
-    num_rows = [NUM_ROWS[t] for t in TABLES]
-    first_rows = [FIRST_ROWS[t] for t in TABLES]
-    index = row_offsets = None
-    number = torch.tensor([row_of(f, i) for f, bags in enumerate(e.ids) for bag in bags for i in bag]).long()
+    bags = Bags(
+        ids=torch.tensor([i for bags in e.ids for bag in bags for i in bag], dtype=case.id_type),
+        # Offsets that start elsewhere, as those of a slice of features do.
+        offsets=torch.cat([torch.tensor([0]), lengths.cumsum(0)]).to(case.id_type) + 7,
+        bags_per_feature=case.bags,
+        first_row=[FIRST_ROWS[t] for t in TABLES],
+        num_rows=[NUM_ROWS[t] for t in TABLES],
+        table=TABLES,
+        pooling_mode=case.pooling,
+        per_sample_weights=e.leaves["weights"],
+        side_by_side=case.side_by_side,
+    )
     if case.indexed:
-        ids, index, row_offsets = unique_ids(ids, offsets, case.bags, num_rows)
-        number = row_numbers(ids, row_offsets, [1] * len(TABLES), first_rows, num_rows).long()
-    leaves = e.leaves
-    rows = leaves["table_rows"][number]
-    where = rows, ids, offsets, case.bags, first_rows, num_rows, TABLES, case.pooling, e.line_of_row
-    quantizer = leaves["alpha"], leaves["beta"], leaves["zero_rows"], case.bits, e.scale
-    options: dict[str, Any] = {"gradient_factor": case.factor, "side_by_side": case.side_by_side}
-    if case.search:
-        return expected_embedding_bag(
-            *where, leaves["probabilities"], *quantizer, leaves["weights"], index, row_offsets, **options
-        )
-    return fixed_embedding_bag(*where, *quantizer, leaves["weights"], index, row_offsets, **options)
+        distinct, index, row_offsets = unique_ids(bags.ids, bags.offsets, bags.bags_per_feature, bags.num_rows)
+        bags = bags._replace(ids=distinct, index=index, row_offsets=row_offsets)
+    return bags
+
+
+def run(case: Case, e: Example, backend: str | None = None) -> Tensor:
+    leaves, bags = e.leaves, bags_of(case, e)
+    number = torch.tensor([row_of(f, i) for f, bags in enumerate(e.ids) for bag in bags for i in bag]).long()
+    if bags.row_offsets is not None:
+        number = row_numbers(bags.ids, bags.row_offsets, [1] * len(TABLES), bags.first_row, bags.num_rows).long()
+    return quantized_embedding_bag(
+        *(leaves["table_rows"][number], bags, e.line_of_row, leaves["probabilities"], leaves["alpha"]),
+        *(leaves["beta"], leaves["zero_rows"], case.bits, e.scale),
+        gradient_factor=case.factor,
+        backend=backend,
+    )
 
 
 def bag_by_bag(case: Case, e: Example) -> Tensor:
@@ -263,50 +267,54 @@ def test_row_numbers_by_hand() -> None:
 
 @pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
 @pytest.mark.parametrize("search", [True, False])
-def test_ops_are_registered_as_torch_wants(search: bool) -> None:
-    ids = torch.tensor([0, 1, 4, 4, 2])
-    offsets = torch.tensor([0, 2, 2, 4, 5])
-    g = torch.Generator().manual_seed(0)
-    rows = torch.randn(5, 3, generator=g, requires_grad=True)
-    p = torch.softmax(torch.randn(2, 2, generator=g), 1).requires_grad_()
-    alpha, beta = torch.tensor([1.0, 0.5], requires_grad=True), torch.zeros(3, requires_grad=True)
-    zero_rows, weights = torch.randn(2, 3, generator=g, requires_grad=True), torch.rand(5, requires_grad=True)
-    lines = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 1], dtype=torch.uint8)
-    where = ids, offsets, [2, 2], [0, 4], [4, 5], [0, 1], [SUM, MEAN], True, lines
-    quantizer = alpha, beta, zero_rows, (0, 3), torch.ones(2), weights, 2.0
-    name = "expected_embedding_bag" if search else "fixed_embedding_bag"
-    args = (rows, *where, *((p,) if search else ()), *quantizer)
-    op, backward = getattr(torch.ops.torchrec_mpe, name), getattr(torch.ops.torchrec_mpe, f"{name}_backward")
-    torch.library.opcheck(op.default, (*args, None, None))
-    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(backward.default, (torch.ones(2, 6), *plain, None, None, True))
-    distinct, index, row_offsets = unique_ids(ids, offsets, [2, 2], [4, 5])
-    indexed = (rows[: len(distinct)].detach(), distinct, *plain[2:], index, row_offsets)
-    torch.library.opcheck(op.default, indexed)
-    torch.library.opcheck(torch.ops.torchrec_mpe.row_numbers.default, (ids, offsets, [2, 2], [0, 4], [4, 5]))
+@pytest.mark.parametrize("bare", [True, False], ids=["bare", "everything"])
+def test_ops_are_registered_as_torch_wants(search: bool, bare: bool) -> None:
+    """Without what may be left out, and with all of it."""
+    case = Case(search=search, bits=(0, 3), dim=3, bags=(2, 2, 2, 2), side_by_side=True, factor=2.0)
+    case = replace(case, zero=not bare, weighted=not bare)
+    ops = torch.ops.torchrec_mpe
+    arguments = op_arguments(case)
+    torch.library.opcheck(ops.quantized_embedding_bag.default, requiring_gradients(arguments))
+    grad = torch.ones(2, 12, dtype=torch.float64)
+    torch.library.opcheck(ops.quantized_embedding_bag_backward.default, (grad, *arguments, not bare))
+    torch.library.opcheck(ops.quantized_embedding_bag.default, op_arguments(replace(case, indexed=True)))
+    bags = bags_of(case, example(case))
+    of_ids = bags.ids, bags.offsets, list(bags.bags_per_feature), bags.first_row, bags.num_rows
+    torch.library.opcheck(ops.row_numbers.default, of_ids)
     utils = ("test_schema", "test_faketensor")  # the number of distinct ids depends on the data
-    torch.library.opcheck(torch.ops.torchrec_mpe.unique_ids.default, (ids, offsets, [2, 2], [4, 5]), test_utils=utils)
+    torch.library.opcheck(ops.unique_ids.default, (*of_ids[:3], bags.num_rows), test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
-def test_compiles_into_one_graph() -> None:
-    case = Case(weighted=True)
+@pytest.mark.parametrize("search", [True, False])
+def test_compiles_into_one_graph(search: bool) -> None:
+    case = Case(weighted=True, search=search)
     e = example(case)
-    n = sum(len(bag) for bags in e.ids for bag in bags)
-    ids = torch.tensor([i for bags in e.ids for bag in bags for i in bag])
-    offsets = torch.tensor([0, *(len(bag) for bags in e.ids for bag in bags)]).cumsum(0)
-    rows = torch.randn(n, case.dim, dtype=torch.float64, requires_grad=True)
+    bags = bags_of(case, e)
+    rows = torch.randn(len(bags.ids), case.dim, dtype=torch.float64, requires_grad=True)
 
     def pooled(rows: Tensor) -> Tensor:
-        return 2 * expected_embedding_bag(
-            *(rows, ids, offsets, case.bags, [0, 5, 14, 5], [5, 9, 5, 9], TABLES, case.pooling, e.line_of_row),
-            *(e.leaves["probabilities"], e.leaves["alpha"], e.leaves["beta"], e.leaves["zero_rows"]),
-            *(case.bits, e.scale, e.leaves["weights"]),
+        return 2 * quantized_embedding_bag(
+            *(rows, bags, e.line_of_row, e.leaves["probabilities"], e.leaves["alpha"], e.leaves["beta"]),
+            *(e.leaves["zero_rows"], case.bits, e.scale),
         )
 
-    eager = torch.autograd.grad(pooled(rows).square().sum(), rows)[0]
+    leaves = [rows, *(leaf for name, leaf in e.leaves.items() if name != "table_rows" and leaf is not None)]
+    eager = torch.autograd.grad(pooled(rows).square().sum(), leaves)
     compiled = torch.compile(pooled, fullgraph=True, backend="aot_eager")(rows)
-    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), rows)[0], eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), leaves), eager)
+
+
+def test_backend_by_name() -> None:
+    case = Case()
+    e = example(case)
+    with use_backend("reference"):
+        inside = run(case, e)
+    assert torch.equal(inside, run(case, e, backend="reference"))
+    with pytest.raises(ValueError, match="no backend fast"):
+        run(case, e, backend="fast")
+    with pytest.raises(ValueError, match="no backend fast"), use_backend("fast"):
+        pass
 
 
 @pytest.mark.parametrize("backend", CPU[-1:], indirect=True)
@@ -318,7 +326,7 @@ def test_compiles_into_one_graph() -> None:
         ({"offsets": torch.tensor([0, 3])}, ValueError, r"offsets must be \[3\]"),
         ({"num_rows": [5]}, IndexError, "feature 0 has 5 rows from 0, of 4"),
         ({"table": [2]}, IndexError, "feature 0 is of table 2, of 1"),
-        ({"lines": torch.full((4,), 9)}, IndexError, "9 is not in 0 to 1"),
+        ({"row_map": torch.full((4,), 9)}, IndexError, "9 is not in 0 to 1"),
         ({"num_rows": [0]}, IndexError, "feature 0 looks up ids in a table of no rows"),
         ({"index": torch.tensor([0, 1, 5]), "row_offsets": torch.tensor([0, 3])}, IndexError, "index of id 2 is 5"),
         ({"index": torch.tensor([0, 1, 2])}, ValueError, "an index needs row_offsets"),
@@ -327,54 +335,59 @@ def test_compiles_into_one_graph() -> None:
             # A distinct id of a feature without rows, which no bag looks up.
             {
                 **{"rows": torch.zeros(4, 2), "ids": torch.tensor([0, 0, 1, 2]), "offsets": torch.tensor([0, 0, 3])},
-                **{"bags": [1, 1], "first_row": [4, 0], "num_rows": [0, 4], "table": [0, 0], "pooling": [SUM, SUM]},
-                **{"index": torch.tensor([1, 2, 3]), "row_offsets": torch.tensor([0, 1, 4])},
+                **{"bags_per_feature": [1, 1], "first_row": [4, 0], "num_rows": [0, 4], "table": [0, 0]},
+                **{"index": torch.tensor([1, 2, 3]), "row_offsets": torch.tensor([0, 1, 4]), "pooling_mode": [SUM] * 2},
             },
             IndexError,
             "feature 0 looks up ids in a table of no rows",
         ),
-        ({"lines": torch.zeros(4, 1, dtype=torch.int16)}, ValueError, "one group or candidate a row of the tables"),
-        ({"lines": torch.tensor(0)}, ValueError, "one group or candidate a row of the tables"),
-        ({"lines": torch.zeros(4, dtype=torch.uint16)}, TypeError, "expected an integer tensor"),
+        ({"row_map": torch.zeros(4, 1, dtype=torch.int16)}, ValueError, "one group or candidate a row of the tables"),
+        ({"row_map": torch.tensor(0)}, ValueError, "one group or candidate a row of the tables"),
+        ({"row_map": torch.zeros(4, dtype=torch.uint16)}, TypeError, "expected an integer tensor"),
         ({"first_row": [2**63 - 1]}, IndexError, "feature 0 has 4 rows from 9223372036854775807, of 4"),
     ],
 )
 def test_wrong_input_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    given_: dict[str, Any] = {
-        "rows": torch.zeros(3, 2),
+    of_op = {"rows": torch.zeros(3, 2), "row_map": torch.zeros(4, dtype=torch.int16)}
+    of_bags = {
         "ids": torch.tensor([0, 1, 2]),
         "offsets": torch.tensor([0, 1, 3]),
-        "bags": [2],
+        "bags_per_feature": [2],
         "first_row": [0],
         "num_rows": [4],
         "table": [0],
-        "pooling": [SUM],
-        "lines": torch.zeros(4, dtype=torch.int16),
-        "index": None,
-        "row_offsets": None,
-        **change,
+        "pooling_mode": [SUM],
     }
-    *where, index, row_offsets = given_.values()
+    for name, value in change.items():
+        (of_op if name in of_op else of_bags)[name] = value
     quantizer = torch.full((2, 2), 0.5), torch.ones(2), torch.zeros(2), torch.zeros(1, 2), (0, 2), torch.ones(2)
     with pytest.raises(error, match=message):
-        expected_embedding_bag(*where, *quantizer, None, index, row_offsets)
+        quantized_embedding_bag(of_op["rows"], Bags(**of_bags), of_op["row_map"], *quantizer)
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("bits", [(1, 2, 3, 4, 5, 6, 7, 8, 8), (0, 4, 4), (0, 0)])
+def test_repeated_candidates_are_refused(search: bool, bits: tuple[int, ...]) -> None:
+    case = Case(search=search, bits=bits)
+    compiled = torch.ops.torchrec_mpe.quantized_embedding_bag
+    for run_one in (lambda: run(case, example(case)), lambda: compiled(*op_arguments(case))):
+        with pytest.raises(ValueError, match=rf"candidate bit-widths \[.*\] repeat {bits[-1]}"):
+            run_one()
 
 
 @pytest.mark.parametrize(("bags", "feature"), [([-1, 3], 0), ([2, -1], 1), ([2, -2], 1)])
 def test_negative_numbers_of_bags_are_refused(bags: list[int], feature: int) -> None:
     ids, offsets = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
-    where = ids, offsets, bags, [0, 0], [4, 4], [0, 0], [SUM, SUM]
-    lines, p = torch.zeros(4, dtype=torch.uint8), torch.full((2, 2), 0.5)
-    quantizer = torch.ones(2), torch.zeros(2), None, (0, 2), torch.ones(2), None
-    rows = torch.zeros(3, 2)
+    of_bags = Bags(ids, offsets, bags, [0, 0], [4, 4], [0, 0], [SUM, SUM])
+    quantizer = torch.ones(2), torch.zeros(2), None, (0, 2), torch.ones(2)
+    rows, row_map, p = torch.zeros(3, 2), torch.zeros(4, dtype=torch.uint8), torch.full((2, 2), 0.5)
     ops = torch.ops.torchrec_mpe
     runs = [
-        lambda: expected_embedding_bag(rows, *where, lines, p, *quantizer),
-        lambda: fixed_embedding_bag(rows, *where, lines, *quantizer),
+        lambda: quantized_embedding_bag(rows, of_bags, row_map, p, *quantizer),
+        lambda: quantized_embedding_bag(rows, of_bags, row_map, None, *quantizer),
         lambda: row_numbers(ids, offsets, bags, [0, 0], [4, 4]),
         lambda: unique_ids(ids, offsets, bags, [4, 4]),
-        lambda: ops.expected_embedding_bag(rows, *where, False, lines, p, *quantizer, 1.0, None, None),
-        lambda: ops.fixed_embedding_bag(rows, *where, False, lines, *quantizer, 1.0, None, None),
+        lambda: ops.quantized_embedding_bag(rows, *of_bags, row_map, p, *quantizer, 1.0),
         lambda: ops.row_numbers(ids, offsets, bags, [0, 0], [4, 4]),
         lambda: ops.unique_ids(ids, offsets, bags, [4, 4]),
     ]
@@ -405,25 +418,24 @@ def test_row_numbers_reach_the_largest_of_the_ids_type() -> None:
     assert rows.tolist() == [2**31 - 2]
 
 
-def op_arguments(case: Case, device: str = "cpu") -> tuple[str, list[Any]]:
-    """An op's name and its arguments as the dispatcher passes them."""
+def op_arguments(case: Case, device: str = "cpu") -> tuple[Any, ...]:
+    """The op's arguments as the dispatcher passes them."""
     e = example(case)
-    ids = torch.tensor([i for bags in e.ids for bag in bags for i in bag], dtype=case.id_type)
-    lengths = torch.tensor([0, *(len(bag) for bags in e.ids for bag in bags)])
-    offsets = lengths.cumsum(0).to(case.id_type) + 7
-    num_rows, first_rows = [NUM_ROWS[t] for t in TABLES], [FIRST_ROWS[t] for t in TABLES]
-    index = row_offsets = None
-    if case.indexed:
-        ids, index, row_offsets = unique_ids(ids, offsets, case.bags, num_rows)
-        row_offsets = row_offsets + 2
-        index = index + 2
-    rows = torch.randn(len(ids), case.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
-    probabilities = [e.leaves["probabilities"]] if case.search else []
-    quantizer = *probabilities, e.leaves["alpha"], e.leaves["beta"], e.leaves["zero_rows"], list(case.bits), e.scale
-    where = list(case.bags), first_rows, num_rows, list(TABLES), list(case.pooling), case.side_by_side
-    values = [rows, ids, offsets, *where, e.line_of_row, *quantizer, e.leaves["weights"], case.factor]
-    values = [v.detach().to(device) if isinstance(v, Tensor) else v for v in (*values, index, row_offsets)]
-    return "expected_embedding_bag" if case.search else "fixed_embedding_bag", values
+    bags = bags_of(case, e)
+    if bags.index is not None and bags.row_offsets is not None:
+        bags = bags._replace(index=bags.index + 2, row_offsets=bags.row_offsets + 2)
+    rows = torch.randn(len(bags.ids), case.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    quantizer = (e.leaves[name] for name in ("probabilities", "alpha", "beta", "zero_rows"))
+    flat = rows, *bags, e.line_of_row, *quantizer, case.bits, e.scale, case.factor
+    lists = (list(v) if isinstance(v, tuple) else v for v in flat)
+    return tuple(v.detach().to(device) if isinstance(v, Tensor) else v for v in lists)
+
+
+def requiring_gradients(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.requires_grad_() if name in Gradients._fields and value is not None else value
+        for name, value in zip(ARGUMENT_NAMES, arguments, strict=True)
+    )
 
 
 SOME = [
@@ -442,15 +454,15 @@ def test_cuda_kernels_equal_those_of_the_cpu(case: Case, search: bool, indexed: 
     """What is registered for CUDA, called with the arguments that the dispatcher passes; Triton interprets."""
     case = replace(case, search=search, indexed=indexed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, arguments = op_arguments(case)
-    _, there = op_arguments(case, device)
-    op, backward = getattr(torch.ops.torchrec_mpe, name), getattr(torch.ops.torchrec_mpe, f"{name}_backward")
-    want = op(*arguments)
-    torch.testing.assert_close(triton_backend.CUDA_EMBEDDING_BAG[name](*there).cpu(), want, rtol=1e-12, atol=1e-12)
+    arguments, there = op_arguments(case), op_arguments(case, device)
+    ops, kernels = torch.ops.torchrec_mpe, triton_backend.CUDA_EMBEDDING_BAG
+    want = ops.quantized_embedding_bag(*arguments)
+    ours = kernels["quantized_embedding_bag"](*there)
+    torch.testing.assert_close(ours.cpu(), want, rtol=1e-12, atol=1e-12)
     grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=want.dtype)
     for weights in (False, case.weighted):
-        theirs = backward(grad, *arguments, weights)
-        ours = triton_backend.CUDA_EMBEDDING_BAG[f"{name}_backward"](grad.to(device), *there, weights)
+        theirs = ops.quantized_embedding_bag_backward(grad, *arguments, weights)
+        ours = kernels["quantized_embedding_bag_backward"](grad.to(device), *there, weights)
         assert len(ours) == len(theirs) == 6
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)
@@ -467,11 +479,11 @@ def test_cuda_kernels_are_registered(name: str) -> None:
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_gradient_of_another_shape_is_refused(side_by_side: bool, search: bool, indexed: bool) -> None:
-    name, arguments = op_arguments(Case(side_by_side=side_by_side, search=search, indexed=indexed))
-    out = getattr(torch.ops.torchrec_mpe, name)(*arguments)
+    arguments = op_arguments(Case(side_by_side=side_by_side, search=search, indexed=indexed))
+    out = torch.ops.torchrec_mpe.quantized_embedding_bag(*arguments)
     kernels = (
-        triton_backend.CUDA_EMBEDDING_BAG[f"{name}_backward"],
-        getattr(torch.ops.torchrec_mpe, f"{name}_backward"),
+        triton_backend.quantized_embedding_bag_backward,
+        torch.ops.torchrec_mpe.quantized_embedding_bag_backward,
     )
     for grad in (out[:-1], out[:, :-1], out.flatten(), out.reshape(out.shape[0] // 3, -1), out[0, 0]):
         for backward in kernels:
@@ -483,18 +495,14 @@ def test_gradient_of_another_shape_is_refused(side_by_side: bool, search: bool, 
 @pytest.mark.parametrize("side_by_side", [True, False])
 @pytest.mark.parametrize("search", [True, False])
 def test_meta_tensors_have_shapes_and_gradients(search: bool, side_by_side: bool) -> None:
-    name, arguments = op_arguments(Case(weighted=True, search=search, side_by_side=side_by_side), "meta")
-    for value in arguments:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value.requires_grad_()
-    *rest, factor, index, row_offsets = arguments
-    where, quantizer = rest[:8], rest[9:]
-    front_end = expected_embedding_bag if name == "expected_embedding_bag" else fixed_embedding_bag
-    out = front_end(*where, *quantizer, index, row_offsets, gradient_factor=factor, side_by_side=side_by_side)
+    arguments = op_arguments(Case(weighted=True, search=search, side_by_side=side_by_side), "meta")
+    arguments = requiring_gradients(arguments)
+    out = torch.ops.torchrec_mpe.quantized_embedding_bag(*arguments)
     assert out.device.type == "meta" and out.shape == ((3, 20) if side_by_side else (12, 5))
     out.sum().backward()
-    alpha, weights = quantizer[-6], quantizer[-1]
-    for leaf in (arguments[0], alpha, weights):
-        assert leaf.grad is not None and leaf.grad.device.type == "meta" and leaf.grad.shape == leaf.shape
-    numbers = row_numbers(arguments[1], arguments[2], *arguments[3:6])
+    named = dict(zip(ARGUMENT_NAMES, arguments, strict=True))
+    for name in Gradients._fields:
+        leaf = named[name]
+        assert leaf is None or (leaf.grad.device.type == "meta" and leaf.grad.shape == leaf.shape)
+    numbers = row_numbers(*arguments[1:6])
     assert numbers.device.type == "meta" and numbers.shape == arguments[1].shape

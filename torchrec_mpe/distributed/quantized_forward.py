@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mpe.distributed.cached_one_table_lookup import one_table_lookup
-from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
 from torchrec_mpe.modules.row_quantizer import RowQuantizer
+from torchrec_mpe.ops.bags import MEAN, SUM, Bags
 
 
 def shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:
@@ -28,16 +28,19 @@ def shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:
 
 @dataclass
 class _Run:
-    """Neighbouring features of a kernel that share embedding dimension and columns."""
+    """Neighbouring features of a kernel that share embedding dimension and columns; see :class:`Bags`."""
 
     dim: int
     columns: slice
     first: int
-    lookups: list[FeatureLookup]
+    tables: list[str] = field(default_factory=list)
+    first_row: list[int] = field(default_factory=list)
+    num_rows: list[int] = field(default_factory=list)
+    pooling_mode: list[int] = field(default_factory=list)
 
     @property
     def last(self) -> int:
-        return self.first + len(self.lookups)
+        return self.first + len(self.tables)
 
 
 class QuantizedForward:
@@ -113,23 +116,22 @@ class QuantizedForward:
             row_start, row_stop = row_starts[run.first], row_starts[run.last]
             # The gradient of a slice is as large as the whole.
             of_run = rows if len(rows) == row_stop - row_start else rows[row_start:row_stop]
-            pooled.append(
-                quantize_and_pool(
-                    self._quantizers()[run.dim],
-                    run.lookups,
-                    kernel.row_map,
-                    of_run,
-                    ids[row_start:row_stop],
-                    offsets[first_bag[run.first] : first_bag[run.last] + 1],
-                    bags[run.first : run.last],
-                    None if weights is None else weights[start:stop],
-                    run.columns,
-                    self._lookup._scale_gradient_factor,
-                    side_by_side=not variable,
-                    index=None if index is None else index[start:stop],
-                    row_offsets=None if row_offsets is None else row_offsets[run.first : run.last + 1],
-                )
+            quantizer = self._quantizers()[run.dim]
+            bags_of_run = Bags(
+                ids=ids[row_start:row_stop],
+                offsets=offsets[first_bag[run.first] : first_bag[run.last] + 1],
+                bags_per_feature=bags[run.first : run.last],
+                first_row=run.first_row,
+                num_rows=run.num_rows,
+                table=[quantizer.table_number[table] for table in run.tables],
+                pooling_mode=run.pooling_mode,
+                per_sample_weights=None if weights is None else weights[start:stop],
+                index=None if index is None else index[start:stop],
+                row_offsets=None if row_offsets is None else row_offsets[run.first : run.last + 1],
+                side_by_side=not variable,
             )
+            factor = self._lookup._scale_gradient_factor
+            pooled.append(quantizer(of_run, bags_of_run, kernel.row_map, run.columns, factor))
         if variable:
             return _rank_after_rank(pooled, [run.last - run.first for run in self._runs], features)
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
@@ -144,9 +146,12 @@ def _runs(kernel: BaseBatchedEmbeddingBag, mean: Callable[[str], bool]) -> Itera
         if run is None or (run.dim, run.columns) != (table.embedding_dim, columns):
             if run is not None:
                 yield run
-            run = _Run(table.embedding_dim, columns, 0 if run is None else run.last, [])
-        lookup = FeatureLookup(table.name, mean(table.name), table.local_rows, first_row)
-        run.lookups += [lookup] * table.num_features()
+            run = _Run(table.embedding_dim, columns, 0 if run is None else run.last)
+        features = table.num_features()
+        run.tables += [table.name] * features
+        run.first_row += [first_row] * features
+        run.num_rows += [table.local_rows] * features
+        run.pooling_mode += [MEAN if mean(table.name) else SUM] * features
         first_row += table.local_rows
     if run is not None:
         yield run

@@ -16,8 +16,9 @@ from torchrec_mpe.inference.fbgemm_rows import (
     realigned,
     sub_table_offsets,
 )
+from torchrec_mpe.ops.bags import MEAN
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_call, check_offsets
+from torchrec_mpe.ops.check_bags import check_bags, check_call, check_offsets
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.upstream.modules import ConvertsItself, buffers_of
 from torchrec_mpe.upstream.tensors import assert_on_device

@@ -17,9 +17,9 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_mpe.modules.quantize_and_pool import FeatureLookup, quantize_and_pool
 from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, RowQuantizer, SearchQuantizer
 from torchrec_mpe.modules.search_config import SearchConfig
+from torchrec_mpe.ops.bags import MEAN, SUM, Bags
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.groups import FeatureGroups, equal_groups, log_rank_groups
@@ -180,7 +180,6 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         weights = features.weights().split(ids_per_key) if self.is_weighted() else None
         pooled: dict[tuple[int, int], Tensor] = {}
         for dim, quantizer in self.quantizers().items():
-            row_map = self._row_map(quantizer)
             rows_before = itertools.accumulate(quantizer.num_embeddings.values(), initial=0)
             first_row = dict(zip(quantizer.num_embeddings, rows_before, strict=False))
             lookups = [
@@ -190,20 +189,20 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                 for f, feature in enumerate(table.feature_names)
             ]
             keys = [k for *_, k in lookups]
-            stacked = quantize_and_pool(
-                quantizer,
-                [
-                    FeatureLookup(t.name, t.pooling == PoolingType.MEAN, t.num_embeddings, first_row[t.name])
-                    for _, _, t, _ in lookups
-                ],
-                row_map,
-                torch.cat([F.embedding(ids[k], self.embedding_bags[table.name].weight) for _, _, table, k in lookups]),
-                torch.cat([ids[k] for k in keys]),
-                torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat([lengths[k] for k in keys])),
-                [bags_per_key[k] for k in keys],
-                None if weights is None else torch.cat([weights[k] for k in keys]),
+            tables = [table for _, _, table, _ in lookups]
+            bags = Bags(
+                ids=torch.cat([ids[k] for k in keys]),
+                offsets=torch.ops.fbgemm.asynchronous_complete_cumsum(torch.cat([lengths[k] for k in keys])),
+                bags_per_feature=[bags_per_key[k] for k in keys],
+                first_row=[first_row[t.name] for t in tables],
+                num_rows=[t.num_embeddings for t in tables],
+                table=[quantizer.table_number[t.name] for t in tables],
+                pooling_mode=[MEAN if t.pooling == PoolingType.MEAN else SUM for t in tables],
+                per_sample_weights=None if weights is None else torch.cat([weights[k] for k in keys]),
             )
-            parts = stacked.split([bags_per_key[k] for k in keys])
+            rows = torch.cat([F.embedding(ids[k], self.embedding_bags[t.name].weight) for _, _, t, k in lookups])
+            stacked: Tensor = quantizer(rows, bags, self._row_map(quantizer))
+            parts = stacked.split(list(bags.bags_per_feature))
             pooled.update({(t, f): part for (t, f, _, _), part in zip(lookups, parts, strict=True)})
         tables = self.embedding_bag_configs()
         inverse_indices = reorder_inverse_indices(

@@ -3,14 +3,15 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_mpe.modules.search_config import SearchConfig
-from torchrec_mpe.ops.quantized_embedding_bag import expected_embedding_bag, fixed_embedding_bag
+from torchrec_mpe.ops.bags import Bags
+from torchrec_mpe.ops.quantized_embedding_bag import quantized_embedding_bag
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths, check_candidate_bits
 from torchrec_mpe.precision.groups import FeatureGroups
 from torchrec_mpe.precision.row_initialization import RowInitialization
@@ -20,40 +21,6 @@ RanksByTable = Mapping[str, Tensor | None]
 
 _MIN_STEP_SIZE = 1e-10
 _DIGEST_ROWS = 1 << 20  # rows at a time: no table's whole map needs to exist
-
-
-@dataclass(frozen=True)
-class Bags:
-    """The bags of F features and what their ids mean, as :func:`.expected_embedding_bag` takes them.
-
-    Attributes:
-        row_map (Tensor): integer [rows], what each row of the tables, or of a rank's shards of them, belongs to: in the
-            search phase its feature group, in the retrain phase its index among the candidate bit-widths.
-        ids (Tensor): int32 or int64 [N], feature after feature, bag after bag.
-        offsets (Tensor): int32 or int64 [bags + 1], where each bag starts, counted from ``offsets[0]``.
-        bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
-        first_row (Sequence[int]): F numbers, where the feature's rows start in ``row_map``.
-        num_rows (Sequence[int]): F numbers.
-        table (Sequence[int]): F table numbers.
-        pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
-        per_sample_weights (Optional[Tensor]): [N].
-        side_by_side (bool): return [B, F * D] instead of [bags, D].
-        index (Optional[Tensor]): [N], where each id is among the distinct ids that ``ids`` then holds, [U].
-        row_offsets (Optional[Tensor]): [F + 1], where each feature's distinct ids start; with ``index``.
-    """
-
-    row_map: Tensor
-    ids: Tensor
-    offsets: Tensor
-    bags_per_feature: Sequence[int]
-    first_row: Sequence[int]
-    num_rows: Sequence[int]
-    table: Sequence[int]
-    pooling_mode: Sequence[int]
-    per_sample_weights: Tensor | None
-    side_by_side: bool
-    index: Tensor | None = None
-    row_offsets: Tensor | None = None
 
 
 class _WidthsOverRanks(Mapping[str, TableBitWidths]):
@@ -126,7 +93,10 @@ class RowQuantizer(ChecksItsState):
         self._gradient_scale = [1 / math.sqrt(h * numel) for h in half_codes]
 
     def row_map(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """What the rows ``start`` to ``stop`` of a table belong to, on CPU: see :class:`Bags`."""
+        """What the rows ``start`` to ``stop`` of a table belong to, integer [stop - start], on CPU.
+
+        In the search phase a row's feature group, in the retrain phase its index among the candidate bit-widths.
+        """
         raise NotImplementedError
 
     def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
@@ -170,25 +140,43 @@ class RowQuantizer(ChecksItsState):
             return torch.zeros_like(self.beta.detach())
         return self.zero_rows.detach()[self.table_number[table]]
 
-    def _shared(self, dtype: torch.dtype, columns: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Alpha, beta, zero rows and gradient scale as the ops take them."""
-        scale = torch.tensor(self._gradient_scale, dtype=dtype, device=self.alpha.device)
-        zero_rows = None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype)
-        return self.step_sizes().to(dtype), self.beta[columns].to(dtype), zero_rows, scale
+    def probabilities(self) -> Tensor | None:
+        """Of the candidate bit-widths, by feature group, [G, m]; None where every row has one bit-width."""
+        return None
 
-    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        bags: Bags,
+        row_map: Tensor,
+        columns: slice = slice(None),
+        gradient_factor: float = 1,
+    ) -> Tensor:
         """Quantize looked-up rows and pool them into their bags.
 
         Args:
             rows (Tensor): [N, local D] values, float32 or float64.
-            bags (Bags): the N ids and their bags.
+            bags (Bags): the N ids and their bags; ``bags.table`` are numbers of :attr:`table_number`.
+            row_map (Tensor): integer, of the rows of the tables, or of a rank's shards of them: see :meth:`row_map`.
             columns (slice): the columns that ``rows`` holds, all by default.
             gradient_factor (float): multiplies the gradients of this module's parameters, not those of ``rows``.
 
         Returns:
             Tensor: [bags, local D], or [B, F * local D] side by side.
         """
-        raise NotImplementedError
+        dtype, probabilities = rows.dtype, self.probabilities()
+        return quantized_embedding_bag(
+            rows,
+            bags,
+            row_map,
+            None if probabilities is None else probabilities.to(dtype),
+            self.step_sizes().to(dtype),
+            self.beta[columns].to(dtype),
+            None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype),
+            self.candidate_bits,
+            torch.tensor(self._gradient_scale, dtype=dtype, device=self.alpha.device),
+            gradient_factor=gradient_factor,
+        )
 
 
 class SearchQuantizer(RowQuantizer):
@@ -235,31 +223,6 @@ class SearchQuantizer(RowQuantizer):
         """Expected bit-width of each group, [G]."""
         bits = torch.tensor(self.candidate_bits, dtype=self.gamma.dtype, device=self.gamma.device)
         return (self.probabilities() * bits).sum(1)
-
-    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
-        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
-        return expected_embedding_bag(
-            rows,
-            bags.ids,
-            bags.offsets,
-            bags.bags_per_feature,
-            bags.first_row,
-            bags.num_rows,
-            bags.table,
-            bags.pooling_mode,
-            bags.row_map,
-            self.probabilities().to(rows.dtype),
-            alpha,
-            beta,
-            zero_rows,
-            self.candidate_bits,
-            scale,
-            bags.per_sample_weights,
-            bags.index,
-            bags.row_offsets,
-            gradient_factor=gradient_factor,
-            side_by_side=bags.side_by_side,
-        )
 
 
 class RetrainQuantizer(RowQuantizer):
@@ -310,27 +273,3 @@ class RetrainQuantizer(RowQuantizer):
             self.beta.copy_(other.beta)
             if self.zero_rows is not None and other.zero_rows is not None:
                 self.zero_rows.copy_(other.zero_rows)
-
-    def forward(self, rows: Tensor, bags: Bags, columns: slice = slice(None), gradient_factor: float = 1) -> Tensor:
-        alpha, beta, zero_rows, scale = self._shared(rows.dtype, columns)
-        return fixed_embedding_bag(
-            rows,
-            bags.ids,
-            bags.offsets,
-            bags.bags_per_feature,
-            bags.first_row,
-            bags.num_rows,
-            bags.table,
-            bags.pooling_mode,
-            bags.row_map,
-            alpha,
-            beta,
-            zero_rows,
-            self.candidate_bits,
-            scale,
-            bags.per_sample_weights,
-            bags.index,
-            bags.row_offsets,
-            gradient_factor=gradient_factor,
-            side_by_side=bags.side_by_side,
-        )

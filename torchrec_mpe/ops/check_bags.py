@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from torchrec_mpe.ops.bags import MEAN, SUM
 
-SUM, MEAN = 0, 1
-"""FBGEMM's PoolingMode values."""
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_call(

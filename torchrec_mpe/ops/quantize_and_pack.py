@@ -13,9 +13,10 @@ def quantize_and_pack(rows: Tensor, bits: int, alpha: Tensor, beta: Tensor, *, b
     """Quantize rows to unsigned codes and pack those, 8 consecutive elements to a block of ``bits`` bytes.
 
     The code of an element is ``clamp(round((x - beta) / alpha), low, high) - low`` with ``low = -2**(bits - 1)`` and
-    ``high = 2**(bits - 1) - 1``, by the same float32 operations in the same order as :func:`fixed_quantization`, so
-    that packed rows are bit for bit what training saw. A block is a little-endian bitstream, element j in its bits
-    ``[j * bits, (j + 1) * bits)``; elements beyond the last one are zero.
+    ``high = 2**(bits - 1) - 1``, by the same float32 operations in the same order as retraining's
+    :func:`torchrec_mpe.ops.quantized_embedding_bag.quantized_embedding_bag`, so that packed rows are bit for bit what
+    training saw. A block is a little-endian bitstream, element j in its bits ``[j * bits, (j + 1) * bits)``; elements
+    beyond the last one are zero.
 
     Args:
         rows (Tensor): float32 [n, D], without NaN.

@@ -1,6 +1,6 @@
 """Quantize and pool in one op: looked-up rows in, pooled embeddings of quantized rows out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,66 +9,49 @@ from torch import Tensor
 
 from torchrec_mpe.ops import library, triton_backend
 from torchrec_mpe.ops.backends import implementation, register
-from torchrec_mpe.ops.quantization import check_candidates, expected_quantization, fake_gradients, fixed_quantization
+from torchrec_mpe.ops.bags import ARGUMENT_NAMES, Arguments, Bags, Gradients
 from torchrec_mpe.ops.reference import quantized_embedding_bag as reference
 
 
-def expected_embedding_bag(
+def quantized_embedding_bag(
     rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    row_group: Tensor,
-    probabilities: Tensor,
+    bags: Bags,
+    row_map: Tensor,
+    probabilities: Tensor | None,
     alpha: Tensor,
     beta: Tensor,
     zero_rows: Tensor | None,
     candidate_bits: Sequence[int],
     gradient_scale: Tensor,
-    per_sample_weights: Tensor | None = None,
-    index: Tensor | None = None,
-    row_offsets: Tensor | None = None,
     *,
     gradient_factor: float = 1,
-    side_by_side: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.quantization.expected_quantization`.
+    """Pool bags over rows that are quantized as in training.
 
-    Row n, of feature f, belongs to the group ``row_group[first_row[f] + ids[n]]`` and the table ``table[f]``. An id
-    that is not in ``[0, num_rows[f])`` counts as 0, which is the row that FBGEMM reads for it. An empty bag is zeros.
+    With ``probabilities`` (search) a row is the expectation of its quantized values over its feature group's
+    bit-widths, without (retraining) it has one bit-width. How a row is quantized, and its gradients, are defined in
+    :mod:`torchrec_mpe.ops.reference.quantize_rows`.
 
-    With the ``index`` and ``row_offsets`` of :func:`unique_ids`, ``rows`` and ``ids`` are those of each feature's
-    distinct ids, U in all, which are quantized once: the same result, in less time where ids repeat.
+    With the ``index`` and ``row_offsets`` of :func:`unique_ids` in ``bags``, ``rows`` and the bags' ids are those of
+    each feature's distinct ids, U in all, which are quantized once: the same result, in less time where ids repeat.
 
     Args:
-        rows (Tensor): [N, D], float32 or float64, the rows of all ids.
-        ids (Tensor): int32 or int64 [N], feature after feature, bag after bag.
-        offsets (Tensor): int32 or int64 [bags + 1], where each bag starts in ``ids``; counted from ``offsets[0]``.
-        bags_per_feature (Sequence[int]): F numbers, their sum is the number of bags.
-        first_row (Sequence[int]): F numbers, where the feature's table (or shard of it) starts in ``row_group``.
-        num_rows (Sequence[int]): F numbers, rows of the feature's table or shard.
-        table (Sequence[int]): F numbers, the line of ``zero_rows`` of the feature's table.
-        pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN; MEAN divides by the number of
-            ids of the bag, weighted or not.
-        row_group (Tensor): integer [rows of all tables], the feature group of each row.
-        probabilities, alpha, beta, zero_rows, candidate_bits, gradient_scale: as in
-            :func:`torchrec_mpe.ops.quantization.expected_quantization`.
-        per_sample_weights (Optional[Tensor]): floating point [N].
-        index (Optional[Tensor]): integer [N], where each id is among the distinct ones, counted from
-            ``row_offsets[0]``; then ``rows`` is [U, D] and ``ids`` is [U].
-        row_offsets (Optional[Tensor]): integer [F + 1], where each feature's distinct ids start.
+        rows (Tensor): [N, D], or [U, D], float32 or float64, the rows of all ids.
+        bags (Bags): of F features.
+        row_map (Tensor): integer [rows of all tables], each row's feature group, or the index into ``candidate_bits``
+            of its bit-width; row n, of feature f, reads ``row_map[bags.first_row[f] + bags.ids[n]]``.
+        probabilities (Optional[Tensor]): [G, m], a row per feature group.
+        alpha (Tensor): [m] positive step sizes; the entry of bit-width 0 is not read.
+        beta (Tensor): [D] offset.
+        zero_rows (Optional[Tensor]): [T, D], what a 0-bit row of each table reads; None reads zero.
+        candidate_bits (Sequence[int]): m different bit-widths, each 0 to 8.
+        gradient_scale (Tensor): [m], multiplies the gradients of ``alpha`` and what each candidate adds to beta's.
         gradient_factor (float): multiplies the gradients of probabilities, alpha, beta and zero_rows.
-        side_by_side (bool): the bags of the features beside each other, as in a KeyedTensor; every feature must have
-            the same number B of bags.
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.
 
     Returns:
-        Tensor: [bags, D], or [B, F * D] if ``side_by_side``, dtype of ``rows``.
+        Tensor: [bags, D], or [B, F * D] if ``bags.side_by_side``, dtype of ``rows``.
 
     Raises:
         IndexError: if a group, a table number or a feature's rows are out of range.
@@ -76,90 +59,11 @@ def expected_embedding_bag(
         ValueError: if shapes do not fit, a feature has a negative number of bags, offsets decrease or do not span the
             ids, or a candidate bit-width is repeated or not in 0 to 8.
     """
-    _check_bags(bags_per_feature)
-    run = implementation("expected_embedding_bag", backend)
+    _check_bags(bags.bags_per_feature)
+    run = implementation("quantized_embedding_bag", backend)
+    bits = _check_candidates(candidate_bits)
     result: Tensor = run(
-        rows,
-        ids,
-        offsets,
-        bags_per_feature,
-        first_row,
-        num_rows,
-        table,
-        pooling_mode,
-        side_by_side,
-        row_group,
-        probabilities,
-        alpha,
-        beta,
-        zero_rows,
-        check_candidates(candidate_bits),
-        gradient_scale,
-        per_sample_weights,
-        gradient_factor,
-        index,
-        row_offsets,
-    )
-    return result
-
-
-def fixed_embedding_bag(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    row_candidate: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    candidate_bits: Sequence[int],
-    gradient_scale: Tensor,
-    per_sample_weights: Tensor | None = None,
-    index: Tensor | None = None,
-    row_offsets: Tensor | None = None,
-    *,
-    gradient_factor: float = 1,
-    side_by_side: bool = False,
-    backend: str | None = None,
-) -> Tensor:
-    """Pool the bags of F features over rows quantized by :func:`torchrec_mpe.ops.quantization.fixed_quantization`.
-
-    Args:
-        row_candidate (Tensor): integer [rows of all tables], the index into ``candidate_bits`` of each row's bit-width.
-        others: as in :func:`expected_embedding_bag`.
-
-    Returns:
-        Tensor: [bags, D], or [B, F * D] if ``side_by_side``, dtype of ``rows``.
-
-    Raises:
-        IndexError, TypeError, ValueError: as :func:`expected_embedding_bag`.
-    """
-    _check_bags(bags_per_feature)
-    run = implementation("fixed_embedding_bag", backend)
-    result: Tensor = run(
-        rows,
-        ids,
-        offsets,
-        bags_per_feature,
-        first_row,
-        num_rows,
-        table,
-        pooling_mode,
-        side_by_side,
-        row_candidate,
-        alpha,
-        beta,
-        zero_rows,
-        check_candidates(candidate_bits),
-        gradient_scale,
-        per_sample_weights,
-        gradient_factor,
-        index,
-        row_offsets,
+        rows, *bags, row_map, probabilities, alpha, beta, zero_rows, bits, gradient_scale, gradient_factor
     )
     return result
 
@@ -176,7 +80,7 @@ def row_numbers(
     """Each id's row, counted through the tables: ``first_row[f] + id``, or ``first_row[f]`` for an id outside.
 
     Args:
-        ids, offsets, bags_per_feature, first_row, num_rows: as in :func:`expected_embedding_bag`.
+        ids, offsets, bags_per_feature, first_row, num_rows: as in :class:`torchrec_mpe.ops.bags.Bags`.
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.
 
     Returns:
@@ -207,7 +111,7 @@ def unique_ids(
     """Each feature's distinct ids, in the order of their first appearance.
 
     Args:
-        ids, offsets, bags_per_feature, num_rows: as in :func:`expected_embedding_bag`; an id outside counts as 0.
+        ids, offsets, bags_per_feature, num_rows: as in :class:`torchrec_mpe.ops.bags.Bags`; an id outside counts as 0.
         backend (Optional[str]): see :mod:`torchrec_mpe.ops.backends`.
 
     Returns:
@@ -229,26 +133,33 @@ def _check_bags(bags_per_feature: Sequence[int]) -> None:
             raise ValueError(f"feature {f} has {bags} bags")
 
 
+def _check_candidates(candidate_bits: Sequence[int]) -> tuple[int, ...]:
+    bits = tuple(candidate_bits)
+    if not bits:
+        raise ValueError("no candidate bit-widths")
+    for b in bits:
+        if not 0 <= b <= 8:
+            raise ValueError(f"candidate bit-width {b} is not in 0 to 8")
+        if bits.count(b) > 1:
+            raise ValueError(f"candidate bit-widths {list(bits)} repeat {b}")
+    return bits
+
+
 def _compiled(op: str, *arguments: Any) -> Any:
     """The op of the library: C++ on CPU tensors, PyTorch and Triton on CUDA tensors, shapes only on meta tensors."""
     return getattr(torch.ops.torchrec_mpe, op)(*arguments)
 
 
-def _fake_forward(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    side_by_side: bool,
-    *arguments: Any,
-) -> Tensor:
-    if side_by_side and bags_per_feature:
-        return rows.new_empty(bags_per_feature[0], len(bags_per_feature) * rows.shape[1])
-    return rows.new_empty(sum(bags_per_feature), rows.shape[1])
+def _fake(rows: Tensor, *arguments: Any) -> Tensor:
+    return rows.new_empty(reference.pooled_shape(rows, Arguments.of(rows, *arguments).bags))
+
+
+def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *flat, weights_require_grad = arguments
+    named = dict(zip(ARGUMENT_NAMES, flat, strict=True))
+    if not weights_require_grad:
+        named["per_sample_weights"] = None
+    return tuple(grad.new_empty((0,) if named[of] is None else named[of].shape) for of in Gradients._fields)
 
 
 def _fake_row_numbers(ids: Tensor, *arguments: Any) -> Tensor:
@@ -266,82 +177,72 @@ def _fake_unique_ids(
     )
 
 
-# Where the tensors of a forward op are among its arguments; the others are numbers.
-_EXPECTED_TENSORS = (0, 1, 2, 9, 10, 11, 12, 13, 15, 16, 18, 19)
-_FIXED_TENSORS = (0, 1, 2, 9, 10, 11, 12, 14, 15, 17, 18)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
 
-def _fake_expected_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    rows, probabilities, alpha, beta, zero_rows = (arguments[k] for k in (0, 10, 11, 12, 13))
-    weights = arguments[16] if arguments[-1] else None
-    return fake_gradients(rows, probabilities, alpha, beta, zero_rows, weights)
-
-
-def _fake_fixed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    rows, alpha, beta, zero_rows = (arguments[k] for k in (0, 10, 11, 12))
-    weights = arguments[15] if arguments[-1] else None
-    return fake_gradients(rows, None, alpha, beta, zero_rows, weights)
-
-
-def _save(positions: tuple[int, ...], ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(inputs[k] for k in positions))
-    ctx.numbers = [None if k in positions else value for k, value in enumerate(inputs)]
-
-
-def _arguments(positions: tuple[int, ...], ctx: Any) -> list[Any]:
-    arguments = list(ctx.numbers)
-    for k, tensor in zip(positions, ctx.saved_tensors, strict=True):
-        arguments[k] = tensor
-    return arguments
-
-
-def _expected_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = _arguments(_EXPECTED_TENSORS, ctx)
-    of_rows, of_probabilities, of_alpha, of_beta, of_zero_rows, of_weights = (
-        torch.ops.torchrec_mpe.expected_embedding_bag_backward(grad, *arguments, ctx.needs_input_grad[16])
+def _gradients(run: Callable[..., Sequence[Tensor | None]], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments, from those that a backend's backward returns by name."""
+    saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+    arguments = [other if tensor is None else tensor for tensor, other in saved]
+    needed = dict(zip(ARGUMENT_NAMES, ctx.needs_input_grad, strict=True))
+    of_arguments = run(grad, *arguments, needed["per_sample_weights"])
+    gradients: dict[str, Any] = dict(zip(Gradients._fields, of_arguments, strict=True))
+    return tuple(
+        gradients[name].to(value.dtype) if needed[name] and name in gradients else None
+        for name, value in zip(ARGUMENT_NAMES, arguments, strict=True)
     )
-    gradients: list[Tensor | None] = [None] * len(arguments)
-    gradients[0], gradients[10], gradients[11], gradients[12] = of_rows, of_probabilities, of_alpha, of_beta
-    gradients[13] = None if arguments[13] is None else of_zero_rows
-    gradients[16] = of_weights.to(arguments[16].dtype) if ctx.needs_input_grad[16] else None
-    return tuple(gradients)
 
 
-def _fixed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = _arguments(_FIXED_TENSORS, ctx)
-    of_rows, _, of_alpha, of_beta, of_zero_rows, of_weights = torch.ops.torchrec_mpe.fixed_embedding_bag_backward(
-        grad, *arguments, ctx.needs_input_grad[15]
-    )
-    gradients: list[Tensor | None] = [None] * len(arguments)
-    gradients[0], gradients[10], gradients[11] = of_rows, of_alpha, of_beta
-    gradients[12] = None if arguments[12] is None else of_zero_rows
-    gradients[15] = of_weights.to(arguments[15].dtype) if ctx.needs_input_grad[15] else None
-    return tuple(gradients)
+def _reference(*arguments: Any) -> Tensor:
+    return reference.quantized_embedding_bag(Arguments.of(*arguments))
 
 
-register("expected_embedding_bag", "reference", reference.expected_embedding_bag)
-register("fixed_embedding_bag", "reference", reference.fixed_embedding_bag)
-# Pooled by PyTorch's operations, rows quantized by the Triton kernels.
-_of_triton = partial(expected_quantization, backend="triton"), partial(fixed_quantization, backend="triton")
-register("expected_embedding_bag", "triton", partial(reference.expected_embedding_bag, quantize=_of_triton[0]))
-register("fixed_embedding_bag", "triton", partial(reference.fixed_embedding_bag, quantize=_of_triton[1]))
+def _reference_backward(grad: Tensor, *arguments: Any) -> Gradients:
+    *flat, weights_require_grad = arguments
+    return reference.quantized_embedding_bag_backward(grad, Arguments.of(*flat), weights_require_grad)
+
+
+def _differentiable(
+    forward: Callable[..., Tensor], backward: Callable[..., Sequence[Tensor | None]]
+) -> Callable[..., Tensor]:
+    """An implementation that is no operator of the library, with the gradients that the operator has."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Tensor:
+            return forward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            _save(ctx, inputs, output)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return _gradients(backward, ctx, grad)
+
+    return Differentiable.apply
+
+
+register("quantized_embedding_bag", "reference", _differentiable(_reference, _reference_backward))
+_triton = triton_backend.quantized_embedding_bag, triton_backend.quantized_embedding_bag_backward
+register("quantized_embedding_bag", "triton", _differentiable(*_triton))
 for _backend in ("reference", "triton"):
     register("row_numbers", _backend, reference.row_numbers)
     register("unique_ids", _backend, reference.unique_ids)
 if library.is_loaded():
-    for _op in ("expected_embedding_bag", "fixed_embedding_bag", "row_numbers", "unique_ids"):
+    for _op in ("quantized_embedding_bag", "row_numbers", "unique_ids"):
         register(_op, "cpu", partial(_compiled, _op))
     for _op, _kernel in triton_backend.CUDA_EMBEDDING_BAG.items():
         torch.library.impl(f"torchrec_mpe::{_op}", "CUDA", _kernel)
     torch.library.register_fake("torchrec_mpe::row_numbers", _fake_row_numbers)
     torch.library.register_fake("torchrec_mpe::unique_ids", _fake_unique_ids)
-    torch.library.register_fake("torchrec_mpe::expected_embedding_bag", _fake_forward)
-    torch.library.register_fake("torchrec_mpe::fixed_embedding_bag", _fake_forward)
-    torch.library.register_fake("torchrec_mpe::expected_embedding_bag_backward", _fake_expected_backward)
-    torch.library.register_fake("torchrec_mpe::fixed_embedding_bag_backward", _fake_fixed_backward)
+    torch.library.register_fake("torchrec_mpe::quantized_embedding_bag", _fake)
+    torch.library.register_fake("torchrec_mpe::quantized_embedding_bag_backward", _fake_backward)
     torch.library.register_autograd(
-        "torchrec_mpe::expected_embedding_bag", _expected_backward, setup_context=partial(_save, _EXPECTED_TENSORS)
-    )
-    torch.library.register_autograd(
-        "torchrec_mpe::fixed_embedding_bag", _fixed_backward, setup_context=partial(_save, _FIXED_TENSORS)
+        "torchrec_mpe::quantized_embedding_bag",
+        partial(_gradients, partial(_compiled, "quantized_embedding_bag_backward")),
+        setup_context=_save,
     )

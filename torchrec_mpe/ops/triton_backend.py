@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.backends import register
+from torchrec_mpe.ops.bags import Arguments
 from torchrec_mpe.ops.cache_tensors import BackingStore, CacheDirectory
 from torchrec_mpe.ops.reference import quantized_embedding_bag as reference
 
 
 @lru_cache
-def _kernel(op: str, part: str = "", module: str = "") -> Callable[..., Any]:
+def _kernel(op: str, module: str = "") -> Callable[..., Any]:
     try:
         import_module("triton")
     except ImportError as error:
@@ -23,23 +24,13 @@ def _kernel(op: str, part: str = "", module: str = "") -> Callable[..., Any]:
             f"backend triton of op {op} needs Triton: install the release that your torch was built with, "
             "`pip install triton==3.6.0` for torch 2.11, `triton==3.7.0` for torch 2.13"
         ) from error
-    function: Callable[..., Any] = getattr(import_module(f"torchrec_mpe.ops.triton.{module or op}"), op + part)
+    function: Callable[..., Any] = getattr(import_module(f"torchrec_mpe.ops.triton.{module or op}"), op)
     return function
 
 
 def packed_embedding_bag(*arguments: Any, **options: Any) -> Any:
     """See :func:`torchrec_mpe.ops.triton.packed_embedding_bag.packed_embedding_bag`."""
     return _kernel("packed_embedding_bag")(*arguments, **options)
-
-
-def expected_quantization(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.ops.triton.expected_quantization.expected_quantization`."""
-    return _kernel("expected_quantization")(*arguments)
-
-
-def fixed_quantization(*arguments: Any) -> Any:
-    """See :func:`torchrec_mpe.ops.triton.fixed_quantization.fixed_quantization`."""
-    return _kernel("fixed_quantization")(*arguments)
 
 
 def quantize_and_pack(*arguments: Any) -> Any:
@@ -66,171 +57,29 @@ def read_stored_rows_(*arguments: Any) -> None:
 # the schema; the schemas of these ops have none.
 
 
-def _expected_forward(
-    rows: Tensor,
-    probabilities: Tensor,
-    group: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    table: Tensor | None,
-    candidate_bits: Sequence[int],
-    gradient_scale: Tensor,
-) -> Tensor:
-    _check_table(zero_rows, table)
-    result: Tensor = _kernel("expected_quantization", "_forward")(
-        rows, probabilities, group, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
-    )
-    return result
-
-
-def _fixed_forward(
-    rows: Tensor,
-    candidate: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    table: Tensor | None,
-    candidate_bits: Sequence[int],
-    gradient_scale: Tensor,
-) -> Tensor:
-    _check_table(zero_rows, table)
-    result: Tensor = _kernel("fixed_quantization", "_forward")(
-        rows, candidate, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
-    )
-    return result
-
-
-def _expected_backward(
-    grad: Tensor,
-    rows: Tensor,
-    probabilities: Tensor,
-    group: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    table: Tensor | None,
-    candidate_bits: Sequence[int],
-    gradient_scale: Tensor,
-) -> tuple[Tensor, ...]:
-    _check_table(zero_rows, table)
-    _check_grad(grad, rows.shape)
-    *gradients, of_zero_rows = _kernel("expected_quantization", "_backward")(
-        grad, rows, probabilities, group, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
-    )
-    return *gradients, rows.new_empty(0) if of_zero_rows is None else of_zero_rows, rows.new_empty(0)
-
-
-def _fixed_backward(
-    grad: Tensor,
-    rows: Tensor,
-    candidate: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    table: Tensor | None,
-    candidate_bits: Sequence[int],
-    gradient_scale: Tensor,
-) -> tuple[Tensor, ...]:
-    _check_table(zero_rows, table)
-    _check_grad(grad, rows.shape)
-    of_rows, *gradients, of_zero_rows = _kernel("fixed_quantization", "_backward")(
-        grad, rows, candidate, alpha, beta, zero_rows, table, tuple(candidate_bits), gradient_scale
-    )
-    of_zero_rows = rows.new_empty(0) if of_zero_rows is None else of_zero_rows
-    return of_rows, rows.new_empty(0), *gradients, of_zero_rows, rows.new_empty(0)
-
-
-def _check_table(zero_rows: Tensor | None, table: Tensor | None) -> None:
-    if zero_rows is not None and table is None:
-        raise ValueError("zero_rows need one table number a row")
-
-
-def _check_grad(grad: Tensor, shape: Sequence[int]) -> None:
-    if tuple(grad.shape) != tuple(shape):
-        raise ValueError(f"grad must be {list(shape)} like the output, not {list(grad.shape)}")
+@torch.no_grad()
+def quantized_embedding_bag(*arguments: Any) -> Tensor:
+    """Pooled by PyTorch, quantized by the Triton kernels, without a gradient."""
+    return reference.quantized_embedding_bag(Arguments.of(*arguments), _kernel("quantize_rows"))
 
 
 @torch.no_grad()
-def _bag_forward(search: bool, rows: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
-    pool: Callable[..., Tensor] = reference.expected_embedding_bag if search else reference.fixed_embedding_bag
-    *others, _, index, row_offsets = arguments
-    gradient_factor = 1.0  # there is no gradient here
-    quantize = _expected_forward if search else _fixed_forward
-    # int64: rows are counted through all tables.
-    return pool(rows, ids.long(), *others, gradient_factor, index, row_offsets, quantize=quantize)
+def quantized_embedding_bag_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients, empty for what there is not."""
+    *flat, weights_require_grad = arguments
+    call = Arguments.of(*flat)
+    kernels = _kernel("quantize_rows"), _kernel("quantize_rows_backward", module="quantize_rows")
+    gradients = reference.quantized_embedding_bag_backward(grad, call, weights_require_grad, *kernels)
+    return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
-
-@torch.no_grad()
-def _bag_backward(
-    search: bool,
-    grad: Tensor,
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    side_by_side: bool,
-    lines: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    """From the gradient of the bags to that of every id's row, then as for rows on their own."""
-    *quantizer, weights, factor, index, row_offsets, weights_require_grad = arguments
-    probabilities = quantizer[:1] if search else []
-    alpha, beta, zero_rows, bits, scale = quantizer[-5:]
-    features, dim = len(bags_per_feature), rows.shape[1]
-    count = sum(bags_per_feature)
-    if side_by_side and features:
-        _check_grad(grad, (count // features, features * dim))
-        grad = grad.reshape(count // features, features, dim).transpose(0, 1).reshape(count, dim)
-    _check_grad(grad, (count, dim))
-
-    ids = ids.long()
-    starts, counts = (offsets, bags_per_feature) if row_offsets is None else (row_offsets, [1] * features)
-    line = lines[reference.row_numbers(ids, starts, counts, first_row, num_rows)]
-    # The first and only "row" of each feature is its table.
-    table_of_row = reference.row_numbers(torch.zeros_like(ids), starts, counts, table, [1] * features)
-    steps = alpha, beta, zero_rows, None if zero_rows is None else table_of_row, bits, scale
-    call = rows, *probabilities, line, *steps
-
-    lengths = offsets.diff().long()
-    repeats = torch.tensor(bags_per_feature, dtype=torch.int64, device=rows.device)
-    mean = torch.tensor([mode == reference.MEAN for mode in pooling_mode], dtype=torch.bool, device=rows.device)
-    divisor = torch.where(mean.repeat_interleave(repeats), lengths.clamp(min=1), 1).to(rows.dtype)
-    num_ids = len(ids) if index is None else len(index)
-    of_id = (grad / divisor.unsqueeze(1)).repeat_interleave(lengths, dim=0, output_size=num_ids)
-    position = None if index is None else index.long() - row_offsets[0]
-    of_weights = rows.new_empty(0)
-    if weights_require_grad:
-        quantized = (_expected_forward if search else _fixed_forward)(*call)
-        of_weights = (of_id * (quantized if position is None else quantized[position])).sum(1)
-    if weights is not None:
-        of_id = of_id * weights.to(rows.dtype).unsqueeze(1)
-    of_quantized = of_id if position is None else torch.zeros_like(rows).index_add_(0, position, of_id)
-    of_rows, *of_shared, _ = (_expected_backward if search else _fixed_backward)(of_quantized, *call)
-    return of_rows, *(gradient * factor for gradient in of_shared), of_weights
-
-
-CUDA_QUANTIZATION: dict[str, Callable[..., Any]] = {
-    "expected_quantization": _expected_forward,
-    "expected_quantization_backward": _expected_backward,
-    "fixed_quantization": _fixed_forward,
-    "fixed_quantization_backward": _fixed_backward,
-}
-"""The CUDA kernels of the ops of :mod:`torchrec_mpe.ops.quantization`."""
 
 CUDA_EMBEDDING_BAG: dict[str, Callable[..., Any]] = {
-    "expected_embedding_bag": partial(_bag_forward, True),
-    "expected_embedding_bag_backward": partial(_bag_backward, True),
-    "fixed_embedding_bag": partial(_bag_forward, False),
-    "fixed_embedding_bag_backward": partial(_bag_backward, False),
+    "quantized_embedding_bag": quantized_embedding_bag,
+    "quantized_embedding_bag_backward": quantized_embedding_bag_backward,
     "row_numbers": reference.row_numbers,
     "unique_ids": reference.unique_ids,
 }
-"""Those of :mod:`torchrec_mpe.ops.quantized_embedding_bag`: pooled by PyTorch, quantized by the Triton kernels."""
+"""The CUDA kernels of the ops of :mod:`torchrec_mpe.ops.quantized_embedding_bag`."""
 
 
 def _assign_flat(*arguments: Any) -> tuple[Tensor, list[Tensor], list[int]]:
@@ -273,8 +122,6 @@ host memory the dispatcher takes them too, for the cache's tensors."""
 
 for _function in (
     packed_embedding_bag,
-    expected_quantization,
-    fixed_quantization,
     quantize_and_pack,
     assign_cache_slots_,
     write_stored_rows_,

@@ -97,9 +97,9 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
         tables=tuple(TableShape(t.name, t.widths.num_embeddings, t.widths.embedding_dim) for t in tables),
         weights=weights,
         weights_offsets=torch.tensor(layout.weights_offsets, dtype=torch.int64),
-        rows_per_table=_int32([table.widths.num_embeddings for table in tables]),
+        rows_per_table=int32_tensor([table.widths.num_embeddings for table in tables]),
         **_run_tensors(layout),
-        directory_kinds=_int32([table.directory for table in layout.tables]),
+        directory_kinds=int32_tensor([table.directory for table in layout.tables]),
         directory=directory,
         directory_offsets=torch.tensor(layout.directory_offsets, dtype=torch.int64),
         **_scale_tensors(tables),
@@ -107,7 +107,8 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
     )
 
 
-def _int32(values: list[int]) -> Tensor:
+def int32_tensor(values: Sequence[int]) -> Tensor:
+    """The numbers as the compiled lookup reads them."""
     return torch.tensor(values, dtype=torch.int32)
 
 
@@ -214,8 +215,8 @@ def _run_tensors(layout: CollectionLayout) -> dict[str, Tensor]:
         offsets.append(offsets[-1] + len(table.runs))
     return {
         "run_records": torch.tensor([run.record for run in runs], dtype=torch.int64).view(len(runs), 2),
-        "run_starts": _int32([run.first for run in runs]),
-        "run_offsets": _int32(offsets),
+        "run_starts": int32_tensor([run.first for run in runs]),
+        "run_offsets": int32_tensor(offsets),
     }
 
 
@@ -239,8 +240,8 @@ def _scale_tensors(tables: Sequence[TableToPack]) -> dict[str, Tensor]:
     return {
         "alpha": torch.stack(alpha) if alpha else torch.empty(0, MAX_BITS + 1),
         "beta": torch.cat(beta) if beta else torch.empty(0),
-        "beta_offsets": _int32(offsets[:-1]),
-        "scale_index": _int32(
+        "beta_offsets": int32_tensor(offsets[:-1]),
+        "scale_index": int32_tensor(
             [names.index(first.name if shared else table.name) for table, first in zip(tables, firsts, strict=True)]
         ),
     }
@@ -259,5 +260,5 @@ def _zero_row_tensors(tables: Sequence[TableToPack], layout: CollectionLayout) -
         following += table_layout.embedding_dim
     return {
         "zero_rows": torch.cat(vectors) if vectors else torch.empty(0),
-        "zero_row_offsets": _int32(offsets),
+        "zero_row_offsets": int32_tensor(offsets),
     }

@@ -11,10 +11,9 @@ from triton.compiler import ASTSource
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.triton import (
     cache_slots,
-    expected_quantization,
-    fixed_quantization,
     packed_embedding_bag,
     quantize_and_pack,
+    quantize_rows,
     segment_sum,
     stored_rows,
 )
@@ -67,11 +66,12 @@ def lookup(dim: int, mode: BoundsCheckMode, ids: str = I64, weighted: bool = Fal
     compile_kernel(packed_embedding_bag._lookup_kernel, types, constants, num_warps=1, maxnreg=128)
 
 
-def quantization(module: Any, real: str, dim: int) -> None:
-    integers = dict.fromkeys(("group", "candidate", "table"), I64)
-    block_rows, block_dim = module.block_shape(dim)
-    for kernel in (module._forward_kernel, module._backward_kernel):
+def quantization(search: bool, real: str, dim: int) -> None:
+    integers = dict.fromkeys(("line", "table"), I64)
+    block_rows, block_dim = quantize_rows.block_shape(dim)
+    for kernel in (quantize_rows._forward_kernel, quantize_rows._backward_kernel):
         constants = {
+            "SEARCH": search,
             "WIDTHS": 0x6543210,
             "CANDIDATES": 7,
             "CANDIDATES_BLOCK": 8,
@@ -80,7 +80,7 @@ def quantization(module: Any, real: str, dim: int) -> None:
             "BLOCK_DIM": block_dim,
         }
         sizes = dict.fromkeys(("num_rows", "programs", "dim"), "i32")
-        types = {**dict.fromkeys(kernel.arg_names, real), **integers, "widths": I32, **sizes}
+        types = {**dict.fromkeys(kernel.arg_names, real), **integers, **sizes}
         compile_kernel(kernel, types, {name: constants[name] for name in constants if name in kernel.arg_names})
 
 
@@ -141,8 +141,8 @@ def main(part: str) -> None:
         rows(64, stochastic=True)
         rows(128, stochastic=False)
     else:
-        quantization(expected_quantization, F32, 16)
-        quantization(fixed_quantization, F64, 128)
+        quantization(True, F32, 16)
+        quantization(False, F64, 128)
         for bits in (3, 8):
             compile_kernel(
                 quantize_and_pack._pack_kernel,

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from torchrec_mpe.ops import backends, library, triton_backend
+from torchrec_mpe.ops.bags import SUM, Bags
 from torchrec_mpe.ops.cache_slots import assign_cache_slots_
 from torchrec_mpe.ops.cache_tensors import empty_directory
-from torchrec_mpe.ops.quantization import fixed_quantization
 from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
+from torchrec_mpe.ops.quantized_embedding_bag import quantized_embedding_bag
 
 OPS = [
-    "expected_quantization",
-    "fixed_quantization",
     "packed_embedding_bag",
     "quantize_and_pack",
     "assign_cache_slots_",
@@ -43,9 +42,10 @@ def test_importing_the_ops_imports_no_triton():
 
 def test_an_op_runs_on_triton_by_name(device):
     rows = torch.tensor([[0.3], [-0.2]], device=device)
-    arguments = (torch.tensor([0, 0], device=device), torch.tensor([0.25], device=device))
+    bags = Bags(*(torch.arange(n, device=device) for n in (2, 3)), [2], [0], [2], [0], [SUM])
+    row_map, alpha = torch.tensor([0, 0], device=device), torch.tensor([0.25], device=device)
     beta, scale = torch.zeros(1, device=device), torch.ones(1, device=device)
-    out = fixed_quantization(rows, *arguments, beta, None, None, (4,), scale, backend="triton")
+    out = quantized_embedding_bag(rows, bags, row_map, None, alpha, beta, None, (4,), scale, backend="triton")
     assert out.tolist() == [[0.25], [-0.25]]
     packed = quantize_and_pack(rows, 4, torch.tensor(0.25, device=device), beta, backend="triton")
     assert packed.tolist() == [[9, 0, 0, 0], [7, 0, 0, 0]]

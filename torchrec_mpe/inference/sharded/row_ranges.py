@@ -14,6 +14,7 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import choose_directory
 from torchrec_mpe.packing.directory_lines import write_directory
 from torchrec_mpe.packing.layout import END_PADDING, aligned
+from torchrec_mpe.packing.pack import int32_tensor
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
 
 _CHUNK_ROWS = 1 << 16
@@ -101,11 +102,11 @@ def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:
         tables=tuple(part.shape for part in parts),
         weights=torch.cat([*(part.weights for part in parts), torch.zeros(END_PADDING, dtype=torch.uint8)]),
         weights_offsets=torch.tensor(weights_offsets[:-1], dtype=torch.int64),
-        rows_per_table=_int32([part.shape.num_embeddings for part in parts]),
+        rows_per_table=int32_tensor([part.shape.num_embeddings for part in parts]),
         run_records=torch.cat([part.run_records for part in parts]),
         run_starts=torch.cat([part.run_starts for part in parts]),
-        run_offsets=_int32([0, *accumulate(part.run_starts.numel() for part in parts)]),
-        directory_kinds=_int32([part.kind for part in parts]),
+        run_offsets=int32_tensor([0, *accumulate(part.run_starts.numel() for part in parts)]),
+        directory_kinds=int32_tensor([part.kind for part in parts]),
         directory=torch.cat([part.directory for part in parts]),
         directory_offsets=torch.tensor(
             [
@@ -128,10 +129,6 @@ class _Part:
     run_records: Tensor
     run_starts: Tensor
     reads_zero_row: bool
-
-
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def _is_whole(packed: PackedTables, rows: RowRange) -> bool:
@@ -186,7 +183,7 @@ def _range(packed: PackedTables, rows: RowRange) -> _Part:
     write_directory(widths, layout, directory[: layout.directory_bytes])
     weights = torch.zeros(aligned(layout.end), dtype=torch.uint8)
     run_records = torch.tensor([run.record for run in layout.runs], dtype=torch.int64).view(len(layout.runs), 2)
-    run_starts = _int32([run.first for run in layout.runs])
+    run_starts = int32_tensor([run.first for run in layout.runs])
     unit = row_bytes(shape.embedding_dim, 1)
     for start, stop in _chunks(rows):
         sources, bits = _locate(packed, rows.table, start, stop)
@@ -227,8 +224,8 @@ def _scales(packed: PackedTables, ranges: Sequence[RowRange]) -> dict[str, Tenso
     return {
         "alpha": packed.alpha[used],
         "beta": torch.cat([packed.beta[starts[s] : starts[s] + dims[s]] for s in used]),
-        "beta_offsets": _int32([0, *accumulate(dims[s] for s in used)][:-1]),
-        "scale_index": _int32([used.index(s) for s in index]),
+        "beta_offsets": int32_tensor([0, *accumulate(dims[s] for s in used)][:-1]),
+        "scale_index": int32_tensor([used.index(s) for s in index]),
     }
 
 
@@ -244,4 +241,4 @@ def _zero_rows(packed: PackedTables, ranges: Sequence[RowRange], parts: Sequence
         offsets.append(following)
         vectors.append(packed.zero_rows[start : start + part.shape.embedding_dim])
         following += part.shape.embedding_dim
-    return {"zero_rows": torch.cat(vectors), "zero_row_offsets": _int32(offsets)}
+    return {"zero_rows": torch.cat(vectors), "zero_row_offsets": int32_tensor(offsets)}

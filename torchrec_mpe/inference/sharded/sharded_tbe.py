@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torchrec_mpe.inference.packed_table_batched_embedding_bags import PackedTableBatchedEmbeddingBags
 from torchrec_mpe.inference.sharded.device_lookup import DeviceLookup
 from torchrec_mpe.inference.sharded.row_ranges import RowRange
+from torchrec_mpe.ops.bags import MEAN
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_offsets
+from torchrec_mpe.ops.check_bags import check_bags, check_offsets
 from torchrec_mpe.upstream.modules import ConvertsItself
 
 

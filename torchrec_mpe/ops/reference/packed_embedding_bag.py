@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.backends import register
+from torchrec_mpe.ops.bags import MEAN
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
-from torchrec_mpe.ops.check_bags import MEAN, check_bags, check_call, check_offsets, check_out
+from torchrec_mpe.ops.check_bags import check_bags, check_call, check_offsets, check_out
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes, unpack_codes
 from torchrec_mpe.ops.reference.locate import locate

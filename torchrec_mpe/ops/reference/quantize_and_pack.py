@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchrec_mpe.ops.backends import register
 from torchrec_mpe.ops.reference.bitpack import pack_codes
-from torchrec_mpe.ops.reference.expected_quantization import code_range
+from torchrec_mpe.ops.reference.quantize_rows import code_range
 
 
 @torch.no_grad()

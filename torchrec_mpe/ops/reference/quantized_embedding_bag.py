@@ -1,118 +1,60 @@
 """Quantized and pooled embedding bags in pure PyTorch: the definition that every backend is tested against."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops.reference.expected_quantization import expected_quantization
-from torchrec_mpe.ops.reference.fixed_quantization import fixed_quantization
-
-MEAN = 1  # FBGEMM's PoolingMode.MEAN
+from torchrec_mpe.ops.bags import MEAN, Arguments, Bags, Gradients
+from torchrec_mpe.ops.reference.quantize_rows import RowsToQuantize, quantize_rows, quantize_rows_backward
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+def quantized_embedding_bag(a: Arguments, quantize: Callable[[RowsToQuantize], Tensor] = quantize_rows) -> Tensor:
+    """The pooled embeddings, without a gradient; ``quantize`` quantizes the rows."""
+    return _pool(_of_ids(quantize(_rows_to_quantize(a)), a.bags), a.bags)
 
 
-def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """``value``, whose gradient is multiplied by ``factor``."""
-    if factor == 1:
-        return value
-    result: Tensor = _ScaleGradient.apply(value, factor)  # type: ignore[no-untyped-call]
-    return result
+def quantized_embedding_bag_backward(
+    grad: Tensor,
+    a: Arguments,
+    weights_require_grad: bool,
+    quantize: Callable[[RowsToQuantize], Tensor] = quantize_rows,
+    quantize_backward: Callable[[Tensor, RowsToQuantize], Gradients] = quantize_rows_backward,
+) -> Gradients:
+    """From the gradient of the bags to that of every id's row, then on to what the rows are quantized with.
 
-
-def expected_embedding_bag(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    side_by_side: bool,
-    row_group: Tensor,
-    probabilities: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    candidate_bits: tuple[int, ...],
-    gradient_scale: Tensor,
-    per_sample_weights: Tensor | None,
-    gradient_factor: float,
-    index: Tensor | None = None,
-    row_offsets: Tensor | None = None,
-    quantize: Callable[..., Tensor] = expected_quantization,
-) -> Tensor:
-    """See :func:`.quantized_embedding_bag.expected_embedding_bag`; ``quantize`` is the op that quantizes rows."""
-    rows_of = (offsets, bags_per_feature) if row_offsets is None else (row_offsets, [1] * len(table))
-    row = row_numbers(ids, *rows_of, first_row, num_rows)
-    table_of_row = _per_id(*rows_of, [table], len(ids))[0]
-    quantized = quantize(
-        rows,
-        scale_gradient(probabilities, gradient_factor),
-        row_group[row],
-        scale_gradient(alpha, gradient_factor),
-        scale_gradient(beta, gradient_factor),
-        None if zero_rows is None else scale_gradient(zero_rows, gradient_factor),
-        None if zero_rows is None else table_of_row,
-        candidate_bits,
-        gradient_scale,
+    Raises:
+        ValueError: if the gradient's shape is not the output's.
+    """
+    bags, dim, features = a.bags, a.rows.shape[1], len(a.bags.table)
+    shape = pooled_shape(a.rows, bags)
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"grad must be {list(shape)} like the output, not {list(grad.shape)}")
+    if bags.side_by_side and features:
+        grad = grad.reshape(shape[0], features, dim).transpose(0, 1).reshape(shape[0] * features, dim)
+    x = _rows_to_quantize(a)
+    lengths = bags.offsets.diff().long()
+    num_ids = len(bags.ids if bags.index is None else bags.index)
+    of_id = (grad / _divisor(lengths, bags, grad.dtype)).repeat_interleave(lengths, dim=0, output_size=num_ids)
+    of_weights = (of_id * _of_ids(quantize(x), bags)).sum(1) if weights_require_grad else None
+    if bags.per_sample_weights is not None:
+        of_id = of_id * bags.per_sample_weights.to(of_id.dtype).unsqueeze(1)
+    position = _position(bags)
+    of_quantized = of_id if position is None else torch.zeros_like(a.rows).index_add_(0, position, of_id)
+    of, factor = quantize_backward(of_quantized, x), a.gradient_factor
+    return of._replace(
+        probabilities=None if of.probabilities is None else of.probabilities * factor,
+        alpha=of.alpha * factor,
+        beta=of.beta * factor,
+        zero_rows=None if of.zero_rows is None else of.zero_rows * factor,
+        per_sample_weights=of_weights,
     )
-    if index is not None and row_offsets is not None:
-        quantized = quantized[index.long() - row_offsets[0]]
-    return _pool(quantized, offsets, bags_per_feature, pooling_mode, side_by_side, per_sample_weights)
 
 
-def fixed_embedding_bag(
-    rows: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    first_row: Sequence[int],
-    num_rows: Sequence[int],
-    table: Sequence[int],
-    pooling_mode: Sequence[int],
-    side_by_side: bool,
-    row_candidate: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    zero_rows: Tensor | None,
-    candidate_bits: tuple[int, ...],
-    gradient_scale: Tensor,
-    per_sample_weights: Tensor | None,
-    gradient_factor: float,
-    index: Tensor | None = None,
-    row_offsets: Tensor | None = None,
-    quantize: Callable[..., Tensor] = fixed_quantization,
-) -> Tensor:
-    """See :func:`.ops.quantized_embedding_bag.fixed_embedding_bag`; ``quantize`` is the op that quantizes the rows."""
-    rows_of = (offsets, bags_per_feature) if row_offsets is None else (row_offsets, [1] * len(table))
-    row = row_numbers(ids, *rows_of, first_row, num_rows)
-    table_of_row = _per_id(*rows_of, [table], len(ids))[0]
-    quantized = quantize(
-        rows,
-        row_candidate[row],
-        scale_gradient(alpha, gradient_factor),
-        scale_gradient(beta, gradient_factor),
-        None if zero_rows is None else scale_gradient(zero_rows, gradient_factor),
-        None if zero_rows is None else table_of_row,
-        candidate_bits,
-        gradient_scale,
-    )
-    if index is not None and row_offsets is not None:
-        quantized = quantized[index.long() - row_offsets[0]]
-    return _pool(quantized, offsets, bags_per_feature, pooling_mode, side_by_side, per_sample_weights)
+def pooled_shape(rows: Tensor, bags: Bags) -> tuple[int, int]:
+    """The shape of the pooled embeddings."""
+    features, count, dim = len(bags.bags_per_feature), sum(bags.bags_per_feature), rows.shape[1]
+    return (count // features, features * dim) if bags.side_by_side and features else (count, dim)
 
 
 def row_numbers(
@@ -156,25 +98,52 @@ def _per_id(
     return repeated
 
 
-def _pool(
-    quantized: Tensor,
-    offsets: Tensor,
-    bags_per_feature: Sequence[int],
-    pooling_mode: Sequence[int],
-    side_by_side: bool,
-    per_sample_weights: Tensor | None,
-) -> Tensor:
-    if per_sample_weights is not None:
-        quantized = quantized * per_sample_weights.to(quantized.dtype).unsqueeze(1)
-    lengths = offsets.diff().long()
+def _rows_to_quantize(a: Arguments) -> RowsToQuantize:
+    bags = a.bags
+    features = len(bags.table)
+    starts = (bags.offsets, bags.bags_per_feature) if bags.row_offsets is None else (bags.row_offsets, [1] * features)
+    # int64: rows are counted through all tables.
+    row = row_numbers(bags.ids.long(), *starts, bags.first_row, bags.num_rows)
+    table = _per_id(*starts, [bags.table], len(row))[0]
+    return RowsToQuantize(
+        a.rows,
+        a.row_map[row],
+        a.probabilities,
+        a.alpha,
+        a.beta,
+        a.zero_rows,
+        table,
+        tuple(a.candidate_bits),
+        a.gradient_scale,
+    )
+
+
+def _position(bags: Bags) -> Tensor | None:
+    """Where each id's row is, [N], if not in the order of the ids."""
+    return None if bags.index is None or bags.row_offsets is None else bags.index.long() - bags.row_offsets[0]
+
+
+def _of_ids(quantized: Tensor, bags: Bags) -> Tensor:
+    position = _position(bags)
+    return quantized if position is None else quantized[position]
+
+
+def _divisor(lengths: Tensor, bags: Bags, dtype: torch.dtype) -> Tensor:
+    """What each bag's sum is divided by, [bags, 1]."""
+    repeats = torch.tensor(bags.bags_per_feature, dtype=torch.int64, device=lengths.device)
+    mean = torch.tensor([mode == MEAN for mode in bags.pooling_mode], dtype=torch.bool, device=lengths.device)
+    return torch.where(mean.repeat_interleave(repeats), lengths.clamp(min=1), 1).to(dtype).unsqueeze(1)
+
+
+def _pool(quantized: Tensor, bags: Bags) -> Tensor:
+    if bags.per_sample_weights is not None:
+        quantized = quantized * bags.per_sample_weights.to(quantized.dtype).unsqueeze(1)
+    lengths = bags.offsets.diff().long()
     bag = torch.repeat_interleave(lengths, output_size=len(quantized))
     pooled = quantized.new_zeros(len(lengths), quantized.shape[1]).index_add(0, bag, quantized)
-    if MEAN in pooling_mode:
-        repeats = torch.tensor(bags_per_feature, device=quantized.device)
-        mean = torch.tensor([mode == MEAN for mode in pooling_mode], device=quantized.device)
-        divisor = torch.where(mean.repeat_interleave(repeats), lengths.clamp(min=1), 1)
-        pooled = pooled / divisor.to(pooled.dtype).unsqueeze(1)
-    if side_by_side and bags_per_feature:
-        features, bags = len(bags_per_feature), bags_per_feature[0]
-        pooled = pooled.view(features, bags, -1).transpose(0, 1).reshape(bags, -1)
+    if MEAN in bags.pooling_mode:
+        pooled = pooled / _divisor(lengths, bags, pooled.dtype)
+    if bags.side_by_side and bags.bags_per_feature:
+        features, count = len(bags.bags_per_feature), bags.bags_per_feature[0]
+        pooled = pooled.view(features, count, -1).transpose(0, 1).reshape(count, -1)
     return pooled
