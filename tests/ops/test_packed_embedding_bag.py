@@ -314,8 +314,7 @@ def test_the_library_needs_no_python(tmp_path: Path) -> None:
 def test_without_the_library_the_reference_warns_once() -> None:
     script = (
         "import warnings, pathlib, torch, torchrec_mpe\n"
-        "from torchrec_mpe import ops\n"
-        "from torchrec_mpe.ops import quantize_and_pack\n"
+        "from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(2):\n"
