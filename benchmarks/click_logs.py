@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
+from torchrec_mpe.app.data.log import criteo_log, csv_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.app.data.synthetic import write_synthetic_log
 from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.files.atomic import atomic_file
@@ -30,10 +31,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 def prepare_ciao(log: Path, folder: Path, seed: int) -> None:
     """Prepare Ciao with a split of its own; positive is a rating of 5."""
-    fields = ["user", "item", "category"]
-    prepare_csv(
-        log, folder, label="rating", positive="==5", fields=fields, min_count=1, seed=seed, progress=False
-    )  # fmt: skip
+    columns = csv_log(log, label="rating", positive="==5", fields=["user", "item", "category"])
+    prepare_log(columns, folder, min_count=1, seed=seed, progress=False)
 
 
 def prepare_splits(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -43,7 +42,7 @@ def prepare_splits(options: argparse.Namespace, folder: Path) -> list[str]:
         write_synthetic_log(folder / "log.tsv", progress=False)
     for seed, out in enumerate(folders):
         if options.generated:
-            prepare_criteo(folder / "log.tsv", out, min_count=1, seed=seed, progress=False)
+            prepare_log(criteo_log(folder / "log.tsv"), out, min_count=1, seed=seed, progress=False)
         else:
             prepare_ciao(options.ciao, out, seed)
     return [str(out) for out in folders]

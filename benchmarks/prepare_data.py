@@ -96,12 +96,13 @@ def generate(path: Path, rows: int) -> None:
 
 def measure(path: Path, out: Path) -> dict[str, float]:
     """Prepare the log in this process, which must be a fresh one."""
-    from torchrec_mpe.app.data.prepare_log import prepare_criteo
+    from torchrec_mpe.app.data.log import criteo_log
+    from torchrec_mpe.app.data.prepare_log import prepare_log
 
     unit = 1 if sys.platform == "darwin" else 1024
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     begin = time.perf_counter()
-    dataset = prepare_criteo(path, out, progress=False)
+    dataset = prepare_log(criteo_log(path), out, progress=False)
     seconds = time.perf_counter() - begin
     return {
         "rows": dataset.manifest["source"]["rows"],

@@ -11,7 +11,8 @@ import torch
 import torchrec_mpe as mpe
 from torchrec_mpe.app.cli.main import main
 from torchrec_mpe.app.cli.result_table import result_table
-from torchrec_mpe.app.data.prepare_log import prepare_csv
+from torchrec_mpe.app.data.log import csv_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.app.training.method import Method
 from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
@@ -272,11 +273,8 @@ def test_cached_training(log: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_cache_of_all_rows_trains_like_fp32(log: Path, tmp_path: Path) -> None:
     """But for the rounding of the initial rows, until training makes small differences large."""
-    fields = ["user", "item", "tags"]
-    data = prepare_csv(
-        log, tmp_path / "data", label="rating", positive=">=4", fields=fields, separators="|", min_count=1,
-        progress=False,
-    )  # fmt: skip
+    columns = csv_log(log, label="rating", positive=">=4", fields=["user", "item", "tags"], separators="|")
+    data = prepare_log(columns, tmp_path / "data", min_count=1, progress=False)
     losses = {}
     with process_group(torch.device("cpu")):
         for name in ("fp32", "cache:int8:1"):

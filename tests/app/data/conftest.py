@@ -2,10 +2,21 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.log import csv_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
+
 WriteLog = Callable[..., Path]
+
+
+def prepare_csv(path: Path, out: Path, **options: Any) -> PreparedDataset:
+    """Prepare a CSV log with options of both :func:`csv_log` and :func:`prepare_log`."""
+    own = {name: options.pop(name) for name in ("min_count", "split", "seed", "progress") if name in options}
+    return prepare_log(csv_log(path, **options), out, **own)
 
 
 @pytest.fixture

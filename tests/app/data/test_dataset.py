@@ -9,10 +9,9 @@ import torch
 
 from torchrec_mpe.app.data import batching
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_csv
 from torchrec_mpe.errors import UserError
 
-from .conftest import WriteLog
+from .conftest import WriteLog, prepare_csv
 
 ROWS = 1003
 

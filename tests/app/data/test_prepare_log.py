@@ -11,10 +11,11 @@ import pytest
 
 from torchrec_mpe.app.data import arrays, coded_log, reader
 from torchrec_mpe.app.data.dataset import Field, PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_criteo, prepare_csv
+from torchrec_mpe.app.data.log import criteo_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.errors import UserError
 
-from .conftest import WriteLog
+from .conftest import WriteLog, prepare_csv
 
 
 def array(dataset: PreparedDataset, split: str, name: str) -> Any:
@@ -145,7 +146,7 @@ def test_numbers_become_fields_and_dense_features(write_csv: WriteLog, tmp_path:
 
 def test_criteo(write_criteo: WriteLog, tmp_path: Path) -> None:
     rows = [{"label": i % 2, "I2": 10 * (i % 3), "C1": f"{i % 2:08x}", "C26": "same"} for i in range(20)]
-    dataset = prepare_criteo(write_criteo(rows), tmp_path / "out", split="chronological", progress=False)
+    dataset = prepare_log(criteo_log(write_criteo(rows)), tmp_path / "out", split="chronological", progress=False)
     assert [field.name for field in dataset.fields] == ["I2", "C1"]
     assert dataset.dense_names == ("I2",)
     # ln(10)^2 = 5.3, ln(20)^2 = 8.97; 0 six times, 10 five and 20 five times among 16 rows.
@@ -307,7 +308,7 @@ def test_line_of_a_bad_cell_counts_all_blocks_and_empty_lines(
     path = write_criteo(rows)
     path.write_text("\n" + path.read_text())
     with pytest.raises(UserError, match="line 902, column 'I1': 'many' is not a number"):
-        prepare_criteo(path, tmp_path / "out", progress=False)
+        prepare_log(criteo_log(path), tmp_path / "out", progress=False)
 
 
 def test_existing_output_is_kept(write_csv: WriteLog, tmp_path: Path) -> None:

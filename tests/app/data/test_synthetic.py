@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from torchrec_mpe.app.data import synthetic
-from torchrec_mpe.app.data.prepare_log import prepare_criteo
+from torchrec_mpe.app.data.log import criteo_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.app.data.synthetic import SyntheticModel, write_synthetic_log
 from torchrec_mpe.errors import UserError
 
@@ -96,7 +97,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 
 def test_can_be_prepared(tmp_path: Path) -> None:
     write_synthetic_log(tmp_path / "log.tsv", rows=5000, progress=False)
-    dataset = prepare_criteo(tmp_path / "log.tsv", tmp_path / "data", progress=False)
+    dataset = prepare_log(criteo_log(tmp_path / "log.tsv"), tmp_path / "data", progress=False)
     assert [field.name for field in dataset.fields] == [f"C{i}" for i in range(1, 13)]
     assert dataset.dense_names == ()
 

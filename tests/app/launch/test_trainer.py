@@ -8,7 +8,8 @@ import pytest
 
 import torchrec_mpe as mpe
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.prepare_log import prepare_criteo
+from torchrec_mpe.app.data.log import criteo_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.app.data.synthetic import write_synthetic_log
 from torchrec_mpe.app.launch.trainer import main
 from torchrec_mpe.app.training.method import Method
@@ -24,7 +25,7 @@ _SETTINGS = ["--dim", "4", "--batch-size", "64", "--seed", "3", "--device", "cpu
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     folder = tmp_path_factory.mktemp("data")
     write_synthetic_log(folder / "log.tsv", rows=4000, progress=False)
-    return prepare_criteo(folder / "log.tsv", folder / "prepared", progress=False)
+    return prepare_log(criteo_log(folder / "log.tsv"), folder / "prepared", progress=False)
 
 
 @pytest.fixture(scope="module")

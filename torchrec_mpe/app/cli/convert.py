@@ -2,13 +2,14 @@
 
 import argparse
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from torchrec_mpe.app.cli.output import check_output
+from torchrec_mpe.app.training.quiet import quiet_dependencies
 from torchrec_mpe.distributed.planner.cluster import parse_bytes
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
@@ -79,7 +80,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Convert, write the artifact, and print what became of each table."""
     budget = _check_options(options)
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    quiet_dependencies()
     try:
         tables = _tables(options)
         counts = None if options.frequencies is None else FrequencyCounter.load(options.frequencies)
@@ -116,15 +117,12 @@ def _check_options(options: argparse.Namespace) -> int | None:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"--out {options.out} already exists and is not an empty folder: choose another")
+    check_output(options)
     if (options.checkpoint / ".metadata").is_file() and not options.allow_pickle:
         raise UserError(
             f"{options.checkpoint} is a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle that "
             "can run any code: give --allow-pickle if you trust who wrote it"
         )
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json {options.json} is a folder: give the path of a file")
     try:
         return None if options.bytes is None else parse_bytes(options.bytes)
     except ValueError as error:

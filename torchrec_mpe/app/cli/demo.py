@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 from torchrec_mpe.app.cli.run import add_run_options, check, compare, no_empty_folder
-from torchrec_mpe.app.data.prepare_log import prepare_criteo
+from torchrec_mpe.app.data.log import criteo_log
+from torchrec_mpe.app.data.prepare_log import prepare_log
 from torchrec_mpe.app.data.synthetic import write_synthetic_log
 from torchrec_mpe.app.training.stages import Job
 
@@ -26,5 +27,5 @@ def run(options: argparse.Namespace) -> int:
         options.data = Path("generated log")
         log = Path(folder) / "generated-log.tsv"
         write_synthetic_log(log, rows=options.rows, progress=not options.quiet)
-        data = prepare_criteo(log, options.out / "data", min_count=1, progress=not options.quiet)
+        data = prepare_log(criteo_log(log), options.out / "data", min_count=1, progress=not options.quiet)
         return compare(options, [Job(method, data, settings, how) for method in methods])

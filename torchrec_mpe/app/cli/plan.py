@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_mpe.app.cli.output import check_output
+from torchrec_mpe.app.training.quiet import quiet_dependencies
 from torchrec_mpe.cache.config import CacheConfig, parse_cache_config
 from torchrec_mpe.distributed.default_sharders import sharders
 from torchrec_mpe.distributed.planner.cluster import DEVICES, parse_bytes, parse_topology
@@ -75,8 +76,7 @@ def run(options: argparse.Namespace) -> int:
     topology, tables, precision = _check_options(options)
     cache = _cache(options)
     phase = Phase(options.phase or ("search" if cache is None else "plain"))
-    # TorchRec logs what it tries: none of it is for the person who runs this.
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    quiet_dependencies()
     planner = MPEShardingPlanner(
         topology,
         options.batch_size,
@@ -121,8 +121,7 @@ def _check_options(options: argparse.Namespace) -> tuple[Topology, list[PlannedT
         raise UserError(f"--reserve must lie in [0, 1), got {options.reserve}")
     if options.devices_per_host is not None and options.devices_per_host < 1:
         raise UserError(f"--devices-per-host must be at least 1, got {options.devices_per_host}")
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json {options.json} is a folder: give the path of a file")
+    check_output(options)
     try:
         topology = parse_topology(
             options.topology,

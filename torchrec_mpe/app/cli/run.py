@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from torchrec_mpe.app.cli.output import check_output
 from torchrec_mpe.app.cli.result_table import result_table
 from torchrec_mpe.app.data.formats import add_data_options, prepare_data, print_notes
 from torchrec_mpe.app.data.split import SPLITS
@@ -89,12 +90,9 @@ def check(options: argparse.Namespace) -> tuple[list[Method], Settings, RunSetti
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command runs in one process: for several, launch a script of your own such as swap_in.py")
     options.seed = list(dict.fromkeys(options.seed))
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json {options.json} is a folder: give the path of a file")
     methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "rule:60", "mpe"])]
     check_options(options, searches=any(method.searches for method in methods))
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"--out {options.out} already exists and is not an empty folder: choose another")
+    check_output(options)
     how = replace(run_settings_of(options), progress=not options.quiet)
     return methods, settings_of(options, seed=options.seed[0]), how
 

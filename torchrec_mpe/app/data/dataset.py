@@ -36,7 +36,7 @@ class Field:
 
 
 class PreparedDataset:
-    """A log prepared by :func:`prepare_criteo` or :func:`prepare_csv`.
+    """A log prepared by :func:`prepare_log`.
 
     Attributes:
         path: the folder.

@@ -4,17 +4,16 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import torch
+
+from torchrec_mpe.precision.row_initialization import splitmix64
 
 _WORD = 8
 _SEED = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed
+    return splitmix64(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64)
 
 
 def stable_hash(values: pl.Series) -> npt.NDArray[np.uint64]:

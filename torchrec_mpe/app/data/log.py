@@ -1,8 +1,10 @@
 """What a click or rating log holds: which file, which columns, and what each column means."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torchrec_mpe.app.data.label import LabelRule
@@ -57,12 +59,15 @@ class Log:
         return tuple(column.name for column in self.columns if column.kind == "number")
 
 
-def criteo_log(path: Path) -> Log:
-    """Criteo's format: label, 13 numbers, 26 categories, tab-separated, no header, empty = missing."""
+def criteo_log(path: str | os.PathLike[str]) -> Log:
+    """Criteo's format: label, 13 numbers I1..I13, 26 categories C1..C26, tab-separated, plain or gzip, no header.
+
+    An empty cell is missing, which is a value of its own.
+    """
     numbers = tuple(Column(name, "number") for name in CRITEO_NUMBERS)
     categories = tuple(Column(name, "category") for name in CRITEO_CATEGORIES)
     return Log(
-        path=path,
+        path=Path(path),
         format="criteo",
         label="label",
         rule=LabelRule.parse(None),
@@ -76,16 +81,29 @@ def criteo_log(path: Path) -> Log:
 
 
 def csv_log(
-    path: Path,
+    path: str | os.PathLike[str],
     *,
     label: str,
     fields: Sequence[str],
-    positive: str | None,
-    numbers: Sequence[str],
-    separators: Mapping[str, str] | str,
-    time: str | None,
+    positive: str | None = None,
+    numbers: Sequence[str] = (),
+    separators: Mapping[str, str] | str = MappingProxyType({}),
+    time: str | None = None,
 ) -> Log:
     """A CSV file with a header line; ``fields`` come first in the order of columns, then ``numbers``.
+
+    Args:
+        path (PathLike): the log, plain or gzip, UTF-8, comma-separated.
+        label (str): the label's column.
+        fields (Sequence[str]): the columns of ids.
+        positive (Optional[str]): which labels are positive, such as ">=5", "==1" or "4" (the same as "==4"); None if
+            they are 0 and 1.
+        numbers (Sequence[str]): the columns of numbers.
+        separators (Union[Mapping[str, str], str]): for fields with several values in a cell, the text between the
+            values; one text is for all ``fields``. An empty cell is an empty bag there, while in the other fields it is
+            a value of its own.
+        time (Optional[str]): for a chronological split, a column of numbers or ISO dates that orders the rows; None for
+            file order.
 
     Raises:
         UserError: if the options contradict each other or ``positive`` is not an expression.
@@ -113,7 +131,7 @@ def csv_log(
     ]
     columns += [Column(name, "number") for name in numbers]
     return Log(
-        path=path,
+        path=Path(path),
         format="csv",
         label=label,
         rule=LabelRule.parse(positive),

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from torchrec_mpe.app.data.coded_log import CodedLog, code_log
 from torchrec_mpe.app.data.dataset import FORMAT_VERSION, PreparedDataset
-from torchrec_mpe.app.data.log import Log, criteo_log, csv_log
+from torchrec_mpe.app.data.log import Log
 from torchrec_mpe.app.data.split import SPLITS, SplitKind, assign_splits, check_split
 from torchrec_mpe.app.data.split_writer import count_training_values, write_splits
 from torchrec_mpe.app.data.vocabulary import build_vocabulary
@@ -23,8 +22,8 @@ from torchrec_mpe.files.atomic import atomic_directory
 from torchrec_mpe.upstream.versions import __version__
 
 
-def prepare_criteo(
-    path: str | os.PathLike[str],
+def prepare_log(
+    log: Log,
     out: str | os.PathLike[str],
     *,
     min_count: int = 2,
@@ -32,88 +31,26 @@ def prepare_criteo(
     seed: int = 0,
     progress: bool = True,
 ) -> PreparedDataset:
-    """Prepare a log in Criteo's format: label, 13 numbers I1..I13, 26 categories C1..C26, tab-separated, no header.
+    """Prepare a log for training.
 
-    An empty cell is missing, which is a value of its own. Numbers become categories (``floor(ln(v)^2)`` for v > 2,
-    otherwise v) and dense features (``log1p(max(v, 0))``, 0 where missing). A column that holds one single value is
-    left out; ``notes`` of the result says which.
-
-    Args:
-        path: the log, plain or gzip.
-        out: a folder that does not exist yet or is empty; it appears complete or not at all.
-        min_count: values seen fewer times in training rows share one id a field. At least 1.
-        split: "random" or "chronological" (in file order), 8:1:1.
-        seed: of the random split. At least 0.
-        progress: whether to show progress bars.
-
-    Raises:
-        UserError: if the log cannot be read, a cell is not what it should be (with its line number), or an option is
-            wrong.
-        OSError: if the disk is full or cannot be written; nothing is left behind.
-    """
-    log = criteo_log(Path(path))
-    return prepare_log(log, Path(out), min_count=min_count, split=split, seed=seed, progress=progress)
-
-
-def prepare_csv(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    label: str,
-    fields: Sequence[str],
-    positive: str | None = None,
-    numbers: Sequence[str] = (),
-    separators: Mapping[str, str] | str = {},
-    time: str | None = None,
-    min_count: int = 2,
-    split: SplitKind = "random",
-    seed: int = 0,
-    progress: bool = True,
-) -> PreparedDataset:
-    """Prepare a CSV log with a header line.
+    Numbers become categories (``floor(ln(v)^2)`` for v > 2, otherwise v) and dense features (``log1p(max(v, 0))``, 0
+    where missing). A column that holds one single value is left out; ``notes`` of the result says which. Rows keep the
+    file's order inside each part of the split.
 
     Args:
-        path: the log, plain or gzip, UTF-8, comma-separated.
-        out: a folder that does not exist yet or is empty; it appears complete or not at all.
-        label: the label's column.
-        fields: the columns of ids, in the order of the prepared fields.
-        positive: which labels are positive, such as ">=5", "==1" or "4" (the same as "==4"); None if they are 0 and 1.
-        numbers: the columns of numbers, which become fields after ``fields`` and dense features, as in
-            :func:`prepare_criteo`.
-        separators: for fields with several values in a cell, the text between the values; one text is for all
-            ``fields``. An empty cell is an empty bag there, while in the other fields it is a value of its own.
-        time: for a chronological split, a column of numbers or ISO dates that orders the rows; None for file order.
-            Rows keep the file's order inside each part of the split.
-        min_count: values seen fewer times in training rows share one id a field. At least 1.
-        split: "random" or "chronological", 8:1:1.
-        seed: of the random split. At least 0.
-        progress: whether to show progress bars.
+        log (Log): the log, see :func:`criteo_log` and :func:`csv_log`.
+        out (PathLike): a folder that does not exist yet or is empty; it appears complete or not at all.
+        min_count (int): values seen fewer times in training rows share one id a field. At least 1.
+        split (str): "random" or "chronological" (by the log's times, else in file order), 8:1:1.
+        seed (int): of the random split. At least 0.
+        progress (bool): whether to show progress bars.
 
     Raises:
         UserError: if the log cannot be read, a column is missing, a cell is not what it should be (with its line
             number), or an option is wrong.
         OSError: if the disk is full or cannot be written; nothing is left behind.
     """
-    log = csv_log(
-        Path(path),
-        label=label,
-        fields=fields,
-        positive=positive,
-        numbers=numbers,
-        separators=separators,
-        time=time,
-    )
-    return prepare_log(log, Path(out), min_count=min_count, split=split, seed=seed, progress=progress)
-
-
-def prepare_log(log: Log, out: Path, *, min_count: int, split: SplitKind, seed: int, progress: bool) -> PreparedDataset:
-    """Prepare a log of any format, as :func:`prepare_csv` does.
-
-    Raises:
-        UserError: if the log cannot be read, a cell is not what it should be (with its line number), or an option is
-            wrong.
-        OSError: if the disk is full or cannot be written; nothing is left behind.
-    """
+    out = Path(out)
     check_split(split, seed, log.time)
     if min_count < 1:
         raise UserError(f"min_count is {min_count}: give 1 or more")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torchrec_mpe.app.report.data import unique
 
+_ALWAYS = ("logloss", "average_bits", "embedding_bytes", "compression_ratio", "seconds")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -83,11 +85,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[MethodSummary]:
                 seeds=len(rows),
                 auc=estimate(row["auc"] for row in rows),
                 delta=difference(auc_by_seed(method), auc_by_seed(baseline)) if compare and baseline else None,
-                logloss=estimate(row["logloss"] for row in rows),
-                average_bits=estimate(row["average_bits"] for row in rows),
-                embedding_bytes=estimate(row["embedding_bytes"] for row in rows),
-                compression_ratio=estimate(row["compression_ratio"] for row in rows),
-                seconds=estimate(row["seconds"] for row in rows),
+                **{key: estimate(row[key] for row in rows) for key in _ALWAYS},
                 training_bytes=estimate(row["training_bytes"] for row in trained) if trained else None,
                 training_ratio=estimate(row["fp32_training_bytes"] / row["training_bytes"] for row in trained)
                 if trained
