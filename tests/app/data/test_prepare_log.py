@@ -247,7 +247,7 @@ def test_progress_bars(write_csv: WriteLog, tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr()
     assert shown.out == ""
     assert all(
-        stage in shown.err for stage in ("reading log.csv: 100%", "counting: 100%", "ranking: 100%", "writing: 100%")
+        stage in shown.err for stage in ("reading log.csv: 100%", "counting: 100%", "ordering: 100%", "writing: 100%")
     )
 
 

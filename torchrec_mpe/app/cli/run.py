@@ -21,7 +21,7 @@ from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.app.report.data import ReportData
 from torchrec_mpe.app.report.write import write_report
 from torchrec_mpe.app.training.method import FORMS, Method
-from torchrec_mpe.app.training.options import add_device, add_settings, check_options, run_settings_of, settings_of
+from torchrec_mpe.app.training.options import SETTINGS, add_options, check_options, run_settings_of, settings_of
 from torchrec_mpe.app.training.pipeline import Outcome, run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
 from torchrec_mpe.app.training.quiet import quiet_dependencies
@@ -43,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of training and output, which `demo` shares."""
-    group = parser.add_argument_group("methods")
+    group = parser.add_argument_group("training")
     group.add_argument(
         "--method",
         nargs="+",
@@ -53,8 +53,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "allowed (default: fp32 rule:60 mpe)",
     )
     group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more seeds (default: 0)")
-    add_settings(parser, without=["seed"])
-    add_device(parser)
+    add_options(group, [*SETTINGS, "device"], without=["seed"])
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, help="folder for models, plans and the report")
     output.add_argument("--json", type=Path, help="also write the results to this file")

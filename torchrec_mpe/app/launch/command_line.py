@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchrec_mpe.app.data.formats import add_data_options, log_description, prepared_folder
 from torchrec_mpe.app.launch.job import JobSettings
-from torchrec_mpe.app.training.options import add_device, add_run_settings, add_settings, settings_of
+from torchrec_mpe.app.training.options import RUN_SETTINGS, SETTINGS, add_options, settings_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,14 +20,15 @@ def parser() -> argparse.ArgumentParser:
 
     search = commands.add_parser("search", help="prepare a log, search bit-widths, sample them into plan.json")
     add_data_options(search, prepared=True)
-    add_settings(search, without=["resets"])
+    add_options(search.add_argument_group("training"), SETTINGS, without=["resets"])
     search.add_argument("--out", type=Path, required=True, help="folder of the search")
 
     retrain = commands.add_parser("retrain", help="retrain at the bit-widths that a search sampled")
     retrain.add_argument("--search", type=Path, required=True, help="folder of a finished search")
     retrain.add_argument("--out", type=Path, required=True, help="folder of the retraining")
-    add_settings(retrain, ["epochs", "batch_size", "seed"], inherited_from="the search's")
-    add_settings(retrain, ["resets"])
+    training = retrain.add_argument_group("training")
+    add_options(training, ["epochs", "batch_size", "seed"], inherited_from="the search's")
+    add_options(training, ["resets"])
 
     emit = commands.add_parser("emit", help="pack a retrained model and evaluate it on the test rows")
     emit.add_argument("--retrained", type=Path, required=True, help="folder of a finished retraining")
@@ -35,13 +36,13 @@ def parser() -> argparse.ArgumentParser:
 
     pipeline = commands.add_parser("pipeline", help="search, retrain and emit into --out/search, retrain and artifact")
     add_data_options(pipeline, prepared=True)
-    add_settings(pipeline)
+    add_options(pipeline.add_argument_group("training"), SETTINGS)
     pipeline.add_argument("--out", type=Path, required=True, help="folder of the three stages' folders")
 
     for command in (search, retrain, emit, pipeline):
-        add_device(command)
-        add_run_settings(command)
-        command.add_argument(
+        running = command.add_argument_group("running")
+        add_options(running, RUN_SETTINGS)
+        running.add_argument(
             "--log-every", type=int, default=100, help="steps between writes of steps.jsonl (default: 100)"
         )
     return top

@@ -125,18 +125,24 @@ def label(name: str, limit: int) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def field_label(name: str, columns: int) -> str:
-    """A field's name as the title of a panel, short enough for a grid of ``columns``."""
-    return label(name, {1: 70, 2: 40, 3: 30, 4: 22}.get(columns, 17))
+def order_panels(tables: Sequence[str]) -> tuple[Figure, dict[str, Axes], int]:
+    """A figure with a small panel a table, across which its rows lie in the order of frequency, and its columns."""
+    columns = next((columns for columns in range(1, 5) if len(tables) <= columns * (columns + (columns > 2))), 5)
+    rows = -(-len(tables) // columns)
+    figure = new_figure(8.0, max(2.6, 1.25 * rows + 0.9 if columns > 2 else 2.2 * rows + 0.9))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for panel, table in zip(panels, tables, strict=False):
+        panel.set_title(label(table, {1: 70, 2: 40, 3: 30, 4: 22}.get(columns, 17)), pad=3)
+    for panel in panels[len(tables) :]:
+        panel.set_visible(False)
+    figure.supxlabel("row in the order of frequency (1 = most frequent)", fontsize=9)
+    return figure, dict(zip(tables, panels, strict=False)), columns
 
 
-def grid_columns(panels: int, most: int) -> int:
-    """Columns of a grid of small panels, at most ``most``."""
-    return next((columns for columns in range(1, most) if panels <= columns * (columns + (columns > 2))), most)
-
-
-def short_ticks(axes: Axes, size: float) -> None:
-    """Ticks of a logarithmic axis of places from 1 to ``size``, at most four, written short."""
+def order_axis(axes: Axes, low: float, high: float, size: float) -> None:
+    """A logarithmic axis of places from 1 to ``size`` with at most four ticks, written short."""
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     from torchrec_mpe.app.report.numerals import short_count

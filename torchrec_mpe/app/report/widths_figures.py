@@ -13,11 +13,10 @@ from torchrec_mpe.app.report.data import unique
 from torchrec_mpe.app.report.numerals import short_count
 from torchrec_mpe.app.report.style import (
     MethodStyle,
-    field_label,
-    grid_columns,
     label,
     new_figure,
-    short_ticks,
+    order_axis,
+    order_panels,
     width_colour,
 )
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
@@ -31,12 +30,9 @@ def width_by_order_figure(
 ) -> Figure:
     """A small panel per field: bit-width against the order of frequency, a step line per method."""
     tables = unique(table for widths in plans.values() for table in widths)
-    columns = grid_columns(len(tables), 5)
-    rows = -(-len(tables) // columns)
-    figure = new_figure(8.0, max(2.6, 1.25 * rows + 0.9 if columns > 2 else 2.2 * rows + 0.9))
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    figure, panels, _ = order_panels(tables)
     top = max((max(widths.bits) for fields in plans.values() for widths in fields.values()), default=0)
-    for panel, table in zip(panels, tables, strict=False):
+    for table, panel in panels.items():
         size = 1
         for number, (method, fields) in enumerate(plans.items()):
             if table not in fields:
@@ -49,16 +45,10 @@ def width_by_order_figure(
             shift = 0.16 * (number - (len(plans) - 1) / 2)
             heights = [bits + shift for _, bits in runs]
             panel.stairs(heights, edges, baseline=None, color=styles[method].colour, lw=1.3, ls=styles[method].dash)
-        panel.set_xscale("log")
-        panel.set_xlim(0.9, max(2.0, (size + 1) * 1.1))
+        order_axis(panel, 0.9, max(2.0, (size + 1) * 1.1), size)
         panel.set_ylim(-0.5, max(top, 2) + 0.6)
         panel.set_yticks(range(0, max(top, 2) + 1, 2))
         panel.grid(True, axis="y")
-        panel.set_title(field_label(table, columns), pad=3)
-        short_ticks(panel, size)
-    for panel in panels[len(tables) :]:
-        panel.set_visible(False)
-    figure.supxlabel("row in the order of frequency (1 = most frequent)", fontsize=9)
     figure.supylabel("bits per element", fontsize=9)
     if len(plans) > 1:
         handles = [Line2D([], [], color=styles[m].colour, ls=styles[m].dash, lw=2) for m in plans]

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from torchrec_mpe.app.training.settings import RunSettings, Settings
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules.search_config import Grouping, Penalty
 
-_SETTINGS: dict[str, dict[str, Any]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"help": "of initial values and the rows' order"},
     "model": {"choices": get_args(ModelKind), "help": "the dense network"},
     "dim": {"help": "embedding dimension, a multiple of 4"},
@@ -25,63 +25,47 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "penalty": {"help": "lambda of a search"},
     "penalty_kind": {"choices": get_args(Penalty), "help": "of a search"},
     "grouping": {"choices": get_args(Grouping), "help": "of a search"},
+    "device": {
+        "type": str,
+        "choices": ["cpu", "cuda"],
+        "default": None,
+        "help": "cuda where there is one, unless given",
+    },
+    "sharding_types": {
+        "nargs": "+",
+        "type": str,
+        "choices": [kind.value for kind in ShardingType],
+        "metavar": "TYPE",
+        "help": "what the planner may choose",
+    },
+    "checkpoint_every": {"help": "steps between checkpoints"},
+    "checkpoint_asynchronously": {"help": "write checkpoints while training goes on, from a copy in host memory"},
+    "timeout": {"type": float, "default": 600.0, "help": "seconds that a rank waits for the others before it gives up"},
+    "progress": {"help": "show progress bars"},
 }
+SETTINGS = tuple(f.name for f in fields(Settings))
+RUN_SETTINGS = tuple(f.name for f in fields(RunSettings))
 _LEAST = {
     "seed": 0, "dim": 4, "epochs": 1, "batch_size": 2, "resets": 0, "min_count": 1, "penalty": 0,
     "checkpoint_every": 1, "log_every": 1, "timeout": 1,
 }  # fmt: skip
 
 
-def add_settings(
-    parser: argparse.ArgumentParser,
-    names: Sequence[str] = tuple(_SETTINGS),
-    *,
-    without: Sequence[str] = (),
-    inherited_from: str = "",
+def add_options(
+    parser: "argparse._ActionsContainer", names: Iterable[str], *, without: Iterable[str] = (), inherited_from: str = ""
 ) -> None:
-    """Add options of :class:`Settings`; those of ``inherited_from`` are None unless given."""
-    group = parser.add_argument_group("training")
+    """Add options by the names of their settings; those of ``inherited_from`` are None unless given."""
     for name in (name for name in names if name not in without):
-        default = getattr(Settings, name)
-        words = {"type": type(default), "default": None if inherited_from else default, **_SETTINGS[name]}
-        words["help"] += f" (default: {inherited_from or '%(default)s'})"
-        group.add_argument(f"--{name.replace('_', '-')}", **words)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of the device."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
-
-
-def add_run_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :class:`RunSettings`."""
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--sharding-types",
-        nargs="+",
-        choices=[kind.value for kind in ShardingType],
-        default=list(RunSettings.sharding_types),
-        metavar="TYPE",
-        help=f"what the planner may choose (default: {' '.join(RunSettings.sharding_types)})",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=int,
-        default=RunSettings.checkpoint_every,
-        help="steps between checkpoints (default: %(default)s)",
-    )
-    group.add_argument(
-        "--checkpoint-asynchronously",
-        action="store_true",
-        help="write checkpoints while training goes on, from a copy in host memory",
-    )
-    group.add_argument(
-        "--timeout",
-        type=float,
-        default=RunSettings.timeout.total_seconds(),
-        help="seconds that a rank waits for the others before it gives up (default: %(default)s)",
-    )
-    group.add_argument("--progress", action="store_true", help="show progress bars")
+        default = getattr(Settings if name in SETTINGS else RunSettings, name, None)
+        words = {"type": type(default), "default": default, **_OPTIONS[name]}
+        if default is False:
+            words = {"action": "store_true", **_OPTIONS[name]}
+        elif inherited_from:
+            words |= {"default": None, "help": f"{words['help']} (default: {inherited_from})"}
+        elif words["default"] is not None:
+            shown = words["default"]
+            words["help"] += f" (default: {' '.join(shown) if isinstance(shown, tuple) else shown})"
+        parser.add_argument(f"--{name.replace('_', '-')}", **words)
 
 
 def check_options(options: argparse.Namespace, *, searches: bool) -> None:
