@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 TORCH_PIP_ARGS ?=
 # Extra arguments for the benchmarks of `make bench`, such as --quick.
 BENCH_ARGS ?=
+# Ciao's ratings, a CSV file with user,item,category,rating, for the benchmarks that take them; and what the records of a
+# further machine are called.
+CIAO ?=
+BENCH_MACHINE ?=
 
 # How long and from which seed `make test-cpp` feeds random inputs to the C++ lookup.
 FUZZ_SECONDS ?= 30
@@ -15,7 +19,7 @@ FUZZ_SEED ?= 1
 # How long `make test` asks one model for answers from 8 threads.
 STRESS_SECONDS ?= 3
 
-.PHONY: setup demo test test-cpp bench lint format clean
+.PHONY: setup demo test test-cpp bench docs lint format clean
 
 KERNELS := $(wildcard kernels/cpu/*)
 
@@ -94,20 +98,42 @@ serve-cpp: setup
 		-DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/serve_cpp
 
-# Prints what was measured and, unless the run is a quick one, records it in benchmarks/results.
-bench_json = $(if $(filter --quick,$(BENCH_ARGS)),,--json benchmarks/results/$(1).json)
+# Prints what was measured and, unless the run is a quick one, records it in benchmarks/results; `python tools/results.py`
+# then writes the pages that state the figures. Records of a further machine stand beside the others: BENCH_MACHINE=name.
+bench_json = $(if $(filter --quick,$(BENCH_ARGS)),,--json benchmarks/results/$(1)$(addprefix .,$(BENCH_MACHINE)).json)
+bench_run = $(BIN)/python benchmarks/$(1).py $(BENCH_ARGS)
 
 bench: setup
-	$(BIN)/python benchmarks/lookup.py $(BENCH_ARGS) $(call bench_json,lookup)
-	$(BIN)/python benchmarks/search_op.py $(BENCH_ARGS) $(call bench_json,search_op)
-	$(BIN)/python benchmarks/train_step.py $(BENCH_ARGS) $(call bench_json,train_step)
-	$(BIN)/python benchmarks/scaling.py $(BENCH_ARGS) $(call bench_json,scaling)
+	$(call bench_run,lookup) $(call bench_json,lookup)
+	$(call bench_run,search_op) $(call bench_json,search_op)
+	$(call bench_run,train_step) $(call bench_json,train_step)
+	$(call bench_run,scaling) $(call bench_json,scaling)
 	$(BIN)/python benchmarks/communication.py --check $(call bench_json,communication)
-	$(BIN)/python benchmarks/export.py $(BENCH_ARGS) $(call bench_json,export)
-	$(BIN)/python benchmarks/serve.py $(BENCH_ARGS) $(call bench_json,serve)
+	$(call bench_run,prepare_data) $(call bench_json,prepare_data)
+	$(call bench_run,export) $(call bench_json,export)
+	$(call bench_run,serve) $(call bench_json,serve)
+	$(call bench_run,accuracy) --generated $(call bench_json,accuracy_generated)
+	$(call bench_run,convert) --generated $(call bench_json,convert_generated)
+ifeq ($(CIAO),)
+	$(call bench_run,cache)
+	@echo "bench: accuracy.py and convert.py on Ciao, and cache.py's AUC and record, are left out: give CIAO=ciao.csv," \
+		"columns user,item,category,rating"
+else
+	$(call bench_run,accuracy) --ciao $(CIAO) $(call bench_json,accuracy_ciao)
+	$(call bench_run,convert) --ciao $(CIAO) $(call bench_json,convert_ciao)
+	$(call bench_run,cache) --data $(CIAO) $(call bench_json,cache)
+endif
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
-		$(BIN)/python benchmarks/gpu_lookup.py $(BENCH_ARGS) $(call bench_json,gpu_lookup); \
+		$(call bench_run,gpu_lookup) $(call bench_json,gpu_lookup); \
 	else echo "bench: gpu_lookup.py is left out, there is no NVIDIA GPU here"; fi
+
+# The documentation site, build/docs/index.html; a link that leads nowhere is an error.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m mkdocs build --quiet --strict
+
+$(VENV)/.docs-installed: pyproject.toml $(VENV)/.installed
+	TORCHREC_MPE_NO_KERNELS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ciao", type=Path, help="CSV with user,item,category,rating")
     which.add_argument("--generated", action="store_true", help="the demo's generated log")
+    parser.add_argument("--quick", action="store_true", help="one seed, a generated log of 30,000 rows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every run's record here")
     return parser
@@ -37,9 +38,9 @@ def prepare_ciao(log: Path, folder: Path, seed: int) -> None:
 
 def prepare_splits(options: argparse.Namespace, folder: Path) -> list[str]:
     """A prepared folder a seed, each with its own random 8:1:1 split."""
-    folders = [folder / f"seed{seed}" for seed in range(options.seeds)]
+    folders = [folder / f"seed{seed}" for seed in range(1 if options.quick else options.seeds)]
     if options.generated:
-        write_synthetic_log(folder / "log.tsv", progress=False)
+        write_synthetic_log(folder / "log.tsv", rows=30_000 if options.quick else 300_000, progress=False)
     for seed, out in enumerate(folders):
         if options.generated:
             prepare_log(criteo_log(folder / "log.tsv"), out, min_count=1, seed=seed, progress=False)

@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py --ciao ciao.csv            # user,item,category,rating; positive: rating 5
     python benchmarks/convert.py --generated                # the demo's log, half of whose fields are useless
+    python benchmarks/convert.py --generated --quick        # a tenth of the rows, one seed
 
 Each seed has its own random 8:1:1 split, initial rows and order of batches. Two ways to the widths are compared, both
 with step sizes, offset and 0-bit row of each table fitted to the trained rows: by the error of quantization
