@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def examples() -> tuple[list[tuple[str, str]], dict[str, Any]]:
 
 
 def test_examples_print_what_is_shown(examples: tuple[list[tuple[str, str]], dict[str, Any]]) -> None:
-    assert len(examples[0]) == PAGE.read_text().count("```python") == 4
+    assert len(examples[0]) == PAGE.read_text().count("```python") == 5
     for shown, printed in examples[0]:
         assert printed == shown
 
@@ -39,3 +40,13 @@ def test_the_tensors_are_listed(examples: tuple[list[tuple[str, str]], dict[str,
     section = PAGE.read_text().partition("## A collection")[2].partition("```python")[0]
     listed = re.findall(r"^\| `(\w+)` \| (\w+)", section, re.MULTILINE)
     assert listed == [(name, str(x.dtype).removeprefix("torch.")) for name, x in packed.tensors().items()]
+
+
+def test_every_entry_of_a_manifest_is_in_the_example(examples: tuple[list[tuple[str, str]], dict[str, Any]]) -> None:
+    schema = json.loads((PAGE.parents[1] / "torchrec_mpe/inference/artifact/artifact.schema.json").read_text())
+    shown = json.loads(examples[0][-1][0])
+    assert shown.keys() == schema["properties"].keys()
+    assert shown["version"] == schema["properties"]["version"]["const"]
+    assert shown["collections"][0].keys() == schema["$defs"]["collection"]["properties"].keys()
+    assert shown["collections"][0]["tables"][0].keys() == schema["$defs"]["table"]["properties"].keys()
+    assert shown["files"]["tables-0-0.safetensors"].keys() == schema["$defs"]["file"]["properties"].keys()
