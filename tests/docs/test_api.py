@@ -48,3 +48,10 @@ def test_docstrings_become_markdown(tools: ModuleType) -> None:
 def test_a_name_without_a_docstring_is_refused(tools: ModuleType) -> None:
     with pytest.raises(ValueError, match="defines no Missing"):
         tools.api_page.PublicName("Missing", "cache.config").summary()
+
+
+def test_pages_and_examples_name_public_names_only() -> None:
+    examples = (_ROOT / "examples").rglob("*.py")
+    for file in (_ROOT / "README.md", *(_ROOT / "docs").glob("*.md"), *examples):
+        named = set(re.findall(r"\bmpe\.(\w+)", file.read_text()))
+        assert named <= set(torchrec_mpe.__all__), f"{file.name} names what is not public"

@@ -94,7 +94,7 @@ def prepare_retrain_(model: nn.Module, plan: PrecisionPlan) -> nn.Module:
 def reset_rows_(model: nn.Module, initialization: RowInitialization | None = None) -> nn.Module:
     """Put every row back to its initial value and clear the fused optimizers' state; all else is kept.
 
-    Training a phase, resetting and training again is better than training longer: see ``resets`` in the README.
+    Training a phase, resetting and training again is better than training longer: see docs/commands.md.
 
     Args:
         model (nn.Module): plain or sharded, in any phase.

@@ -76,11 +76,13 @@ class MPEShardingPlanner(SearchingPlanner):
 
         tables = [EmbeddingBagConfig(name="t1", num_embeddings=10**8, embedding_dim=64, feature_names=["f1"])]
         model = MPEEmbeddingBagCollection(tables, device=torch.device("meta"))
+        prepare_search_(model, counts)                              # lookups of every row
         topology = Topology(world_size=2, compute_device="cuda", hbm_cap=80 * 10**9)
-        planner = MPEShardingPlanner(topology, batch_size=512, phase=Phase.SEARCH)
+        planner = MPEShardingPlanner(topology, batch_size=512)
         plan = planner.plan(model, sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}))
         print(planner.report())                                     # bytes by table and kind
-        print(planner.replan(uniform_precision(tables, 4)))         # the packed model: fits one device
+        precision = precision_from_frequencies(counts, tables, ratio=30)
+        print(planner.replan(precision))                            # the packed model: fits one device
 
         plan = planner.collective_plan(model, sharders(fused_params), dist.GroupMember.WORLD)     # in a job
     """
