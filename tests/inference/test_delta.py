@@ -47,7 +47,7 @@ def test_nothing_is_written_for_wrong_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"ids.t": IDS, "values.t": VALUES}, None, "is no delta of rows: save_delta writes them"),
+        ({"ids.t": IDS, "values.t": VALUES}, None, "is not a delta of rows, as save_delta writes them"),
         ({"ids.t": IDS, "values.t": VALUES}, {**FORMAT, "version": "2"}, "version 2, this release reads version 1"),
         ({"ids.t": IDS}, FORMAT, "damaged: tensor 'ids.t' has no"),
         ({"ids.t": IDS, "values.u": VALUES}, FORMAT, "damaged: tensor"),

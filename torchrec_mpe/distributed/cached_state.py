@@ -10,12 +10,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
+from torchrec_mpe.upstream.sharded_tensor import (
+    Shard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    ShardMetadata,
+    TensorProperties,
+    from_local_shards,
+)
 
 _WIDE_ROWS = "wide_rows_digest"
 _ROWS_PER_CHUNK = 1 << 20  # a multiple of 8
@@ -141,9 +145,7 @@ class CachedState:
             every = list(layout.values())
             size = torch.Size(max(s.shard_offsets[k] + s.shard_sizes[k] for s in every) for k in (0, 1))
             metadata = ShardedTensorMetadata(every, size, TensorProperties(dtype=torch.uint8))
-            found[f"{table}.{kind}"] = ShardedTensor._init_from_local_shards_and_global_metadata(
-                shards, sharded_tensor_metadata=metadata, process_group=self._group
-            )
+            found[f"{table}.{kind}"] = from_local_shards(shards, metadata, self._group)
         return found
 
     def check(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import init_from_local_shards
-from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
+from torchrec_mpe.upstream.sharded_tensor import Shard, ShardMetadata, gather_places
 
 
 class TrackedFrequencies:
@@ -108,11 +106,11 @@ def _sharded_tensor(collection: ShardedMPEEmbeddingBagCollection, table: str, ro
         # Each rank counted its own batches: the sum is put on one of them.
         whole = _merged(collection, table, rows).to(collection.device)
         shards = [(0, whole)] if dist.get_rank(group) == 0 else []
-    return init_from_local_shards(
+    return gather_places(
         [
             Shard(counts, ShardMetadata([first], [len(counts)], f"rank:{dist.get_rank()}/{counts.device}"))
             for first, counts in shards
         ],
         rows,
-        process_group=group,
+        group=group,
     )

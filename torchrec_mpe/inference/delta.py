@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.packing.update import TableRows
 
-_FORMAT = {"format": "torchrec_mpe.delta", "version": "1"}
+_FORMAT = DocumentFormat("torchrec_mpe.delta", 1, "a delta of rows, as save_delta writes them")
 
 
 def save_delta(path: str | os.PathLike[str], rows: Mapping[str, TableRows]) -> None:
@@ -34,7 +35,7 @@ def save_delta(path: str | os.PathLike[str], rows: Mapping[str, TableRows]) -> N
         tensors[f"ids.{name}"] = ids.detach().to("cpu", torch.int64, copy=True)
         tensors[f"values.{name}"] = values.detach().to("cpu", copy=True).contiguous()
     with atomic_file(path) as file:
-        save_file(tensors, file, metadata=_FORMAT)
+        save_file(tensors, file, metadata=_FORMAT.text_header())
 
 
 def load_delta(path: str | os.PathLike[str]) -> dict[str, TableRows]:
@@ -55,14 +56,7 @@ def load_delta(path: str | os.PathLike[str]) -> dict[str, TableRows]:
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT["format"]:
-                raise ValueError(f"{path} is no delta of rows: save_delta writes them")
-            if metadata.get("version") != _FORMAT["version"]:
-                raise ValueError(
-                    f"{path} is a delta of version {metadata.get('version')}, this release reads version "
-                    f"{_FORMAT['version']}"
-                )
+            _FORMAT.check(path, file.metadata(), text=True)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error

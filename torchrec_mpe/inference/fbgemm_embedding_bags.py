@@ -118,7 +118,7 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
         super().__init__()
         _check_features(packed, feature_table_map, pooling_mode, output_dtype, feature_labels)
         device = packed.weights.device if device is None else torch.device(device)
-        packed = packed if packed.weights.device.type == "cpu" else _on_cpu(packed)
+        packed = packed.cpu()
         self._tables = packed.tables
         self._feature_table_map = list(feature_table_map)
         self._features = len(self._feature_table_map)
@@ -406,10 +406,6 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
     def extra_repr(self) -> str:
         names = ", ".join(table.name for table in self._tables)
         return f"tables=[{names}], features={self._features}, {self.nbytes} bytes"
-
-
-def _on_cpu(packed: PackedTables) -> PackedTables:
-    return PackedTables(packed.tables, **{name: tensor.cpu() for name, tensor in packed.tensors().items()})
 
 
 def _check_features(

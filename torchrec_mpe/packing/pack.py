@@ -13,7 +13,7 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.directory_lines import row_bits, write_directory
 from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout
-from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
+from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
 
 _CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32 rows at a time
 
@@ -105,11 +105,6 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
         **_scale_tensors(tables),
         **_zero_row_tensors(tables, layout),
     )
-
-
-def int32_tensor(values: Sequence[int]) -> Tensor:
-    """The numbers as the compiled lookup reads them."""
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def _check_scales(table: TableToPack) -> None:

@@ -1,7 +1,9 @@
 """The tensors of a collection of packed tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
@@ -77,6 +79,10 @@ class PackedTables:
         """Every tensor by attribute name, in the order of the op's arguments."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tables"}
 
+    def cpu(self) -> "PackedTables":
+        """The same tables on the CPU, where they are there already without a copy."""
+        return PackedTables(self.tables, **{name: tensor.cpu() for name, tensor in self.tensors().items()})
+
     def layouts(self) -> tuple[TableLayout, ...]:
         """Directory kind, widths and runs of each table, read from the tensors; nibbles are counted row by row."""
         kinds, directory_offsets = self.directory_kinds.tolist(), self.directory_offsets.tolist()
@@ -113,3 +119,8 @@ class PackedTables:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def int32_tensor(values: Sequence[int]) -> Tensor:
+    """Small numbers as the lookup takes them, int32 [n] on the CPU."""
+    return torch.tensor(values, dtype=torch.int32)

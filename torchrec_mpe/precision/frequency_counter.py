@@ -1,8 +1,8 @@
 """How often every row of every table is looked up."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
 
-_FORMAT = "torchrec_mpe.frequencies"
-_VERSION = 1
+_FORMAT = DocumentFormat("torchrec_mpe.frequencies", 1, "a frequency file")
 
 
 class FrequencyCounter(Mapping[str, Tensor]):
@@ -128,7 +128,7 @@ class FrequencyCounter(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the counts to one safetensors file, atomically."""
         with atomic_file(path) as temporary:
-            save_file(dict(self._counts), temporary, metadata={"format": _FORMAT, "version": str(_VERSION)})
+            save_file(dict(self._counts), temporary, metadata=_FORMAT.text_header())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FrequencyCounter":
@@ -139,9 +139,7 @@ class FrequencyCounter(Mapping[str, Tensor]):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
-                    raise ValueError(f"{path} is not a frequency file of version {_VERSION}: {json.dumps(metadata)}")
+                _FORMAT.check(Path(path), file.metadata(), text=True)
                 return cls.from_counts({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a frequency file: {error}") from error

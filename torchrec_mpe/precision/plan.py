@@ -14,14 +14,14 @@ from torch import Tensor
 
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.digest import file_sha256
+from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.files.text_table import text_table
 from torchrec_mpe.packing.bit_widths import TableBitWidths, check_candidate_bits
 from torchrec_mpe.packing.size import SizeReport, packed_bytes
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.versions import installed_versions
 
-_FORMAT = "torchrec_mpe.precision_plan"
-_VERSION = 1
+_FORMAT = DocumentFormat("torchrec_mpe.precision_plan", 1, "a precision plan")
 
 ZeroRow = Literal["learned", "zero"]
 """What a 0-bit row reads: a vector that its table learns, or zero."""
@@ -78,8 +78,7 @@ class PrecisionPlan:
         """Write ``path`` (JSON) and, if a table's ids are no frequency ranks, ``<path>.<digest>.ranks.safetensors``."""
         ranks = {name: t.ranks for name, t in self.tables.items() if t.ranks is not None}
         document: dict[str, Any] = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **_FORMAT.header(),
             "average_bits": round(self.average_bits, 6),
             "candidate_bits": list(self.candidate_bits),
             "zero_row": self.zero_row,
@@ -119,16 +118,7 @@ class PrecisionPlan:
             ValueError: if the file is no precision plan, of another version, incomplete, or has unknown entries.
             FileNotFoundError: if it, or the file of ranks that it needs, is missing.
         """
-        try:
-            document = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a precision plan: {error}") from error
-        if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a precision plan")
-        if document.get("version") != _VERSION:
-            raise ValueError(
-                f"{path} is a precision plan of version {document.get('version')}, this release reads {_VERSION}"
-            )
+        document = _FORMAT.read(Path(path))
         try:
             return _from_document(document, path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -193,8 +183,8 @@ def _readable_json(document: Mapping[str, Any]) -> str:
 
 def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) -> PrecisionPlan:
     known = {
-        "format", "version", "average_bits", "candidate_bits", "zero_row", "initialization", "tables", "provenance",
-        "ranks_file", "ranks_sha256",
+        "average_bits", "candidate_bits", "zero_row", "initialization", "tables", "provenance", "ranks_file",
+        "ranks_sha256",
     }  # fmt: skip
     if unknown := set(document) - known:
         raise ValueError(f"unknown entries {sorted(unknown)}")

@@ -72,8 +72,8 @@ class SearchingPlanner(EmbeddingShardingPlanner):
         self._enumerator = enumerator
         self._constraints = constraints
 
-    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """The search space: every option of every table, with estimates."""
+    def search_space(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """Every option of every table, with estimates."""
         options: list[ShardingOption] = self._enumerator.enumerate(module, sharders)
         return options
 

@@ -100,4 +100,6 @@ def test_user_mistakes(
     assert "bad.tsv" in sentence(*bad, *_SETTINGS)
     assert [file.name for file in (tmp_path / "bad").iterdir()] == ["job.json"]
     (tmp_path / "search" / "job.json").write_text("{")
-    assert "job.json is damaged" in sentence("retrain", "--search", str(tmp_path / "search"), "--out", str(tmp_path))
+    assert "job.json is not the settings of a job" in sentence(
+        "retrain", "--search", str(tmp_path / "search"), "--out", str(tmp_path)
+    )

@@ -389,7 +389,10 @@ def test_a_folder_of_another_release_or_of_something_else_is_told(tmp_path: Path
     manifest = found.path / "checkpoint.json"
     text = manifest.read_text()
     for changed, said in (
-        (text.replace('"version": 1', '"version": 2', 1), "is a checkpoint of version 2, this release reads 1"),
+        (
+            text.replace('"version": 1', '"version": 2', 1),
+            "is a checkpoint's manifest of version 2, this release reads version 1",
+        ),
         ("[]", "is not a checkpoint's manifest"),
         (text.replace('"step"', '"stop"', 1), "is not a valid manifest: 'step'"),
     ):

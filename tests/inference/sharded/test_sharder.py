@@ -13,7 +13,7 @@ import torchrec_mpe as mpe
 from tests.inference.sharded.random_collections import batch, collection, expected
 from tests.inference.sharded.test_sharded_collection import close
 from torchrec_mpe.distributed.planner.packed_placement import place_packed
-from torchrec_mpe.inference.sharded.placement import _on_cpu, _precision
+from torchrec_mpe.inference.sharded.placement import _precision
 from torchrec_mpe.inference.sharded.sharded_collection import LEAF_MODULES, ShardedPackedEmbeddingBagCollection
 
 TABLES = [f"t{k}" for k in range(5)]
@@ -78,7 +78,7 @@ def test_without_constraints_torchrecs_planner_decides() -> None:
 def test_the_plan_of_replan(part: float) -> None:
     """Exact bytes and uneven ranges, or DATA_PARALLEL where one device holds all."""
     ebc, dense = collection(1)
-    plan = _precision([_on_cpu(ebc.packed_tables())])
+    plan = _precision([ebc.packed_tables().cpu()])
     placement = place_packed(plan, int(ebc.size_report().total * part) + 1000, 3)
     sharded, _ = shard_quant_model(
         Model(ebc),

@@ -16,9 +16,13 @@ from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.text_table import text_table
 from torchrec_mpe.inference.artifact.save_load import save
 from torchrec_mpe.inference.convert.checkpoint_files import open_checkpoint
-from torchrec_mpe.inference.convert.checkpoint_tables import TORCHREC_PATTERN, CheckpointTable, find_tables
+from torchrec_mpe.inference.convert.checkpoint_tables import (
+    TORCHREC_PATTERN,
+    CheckpointTable,
+    find_tables,
+    read_checkpoint_tables,
+)
 from torchrec_mpe.inference.convert.convert import Conversion, convert_checkpoint
-from torchrec_mpe.inference.convert.tables_file import read_checkpoint_tables
 from torchrec_mpe.packing.size import TableSize
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
 

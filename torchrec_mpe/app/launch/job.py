@@ -9,10 +9,10 @@ from typing import Any
 from torchrec_mpe.app.training.settings import Settings
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.document import DocumentFormat
 
 JOB_FILE = "job.json"
-_FORMAT = "torchrec_mpe.job"
-_VERSION = 1
+_FORMAT = DocumentFormat("torchrec_mpe.job", 1, "the settings of a job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class JobSettings(Settings):
     def save(self, folder: Path) -> None:
         """Write the job file of a folder."""
         with atomic_file(folder / JOB_FILE) as temporary:
-            temporary.write_text(
-                json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=2, default=str) + "\n"
-            )
+            document = {**_FORMAT.header(), **asdict(self)}
+            temporary.write_text(json.dumps(document, indent=2, default=str) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "JobSettings":
@@ -49,12 +48,13 @@ class JobSettings(Settings):
         """
         file = folder / JOB_FILE
         try:
-            document = json.loads(file.read_text())
-            if (document.pop("format"), document.pop("version")) != (_FORMAT, _VERSION):
-                raise UserError(f"{file} is of another version than the {_VERSION} that this release reads")
-            return cls(**document)
+            document = _FORMAT.read(file)
         except FileNotFoundError:
             raise UserError(f"{folder} holds no {JOB_FILE}: it is no folder of a search or a retraining") from None
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        try:
+            return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchrec_mpe.distributed.phases import prepare_retrain_, prepare_search_
+from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.modules.embedding_bag_collection import Phase
 from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
@@ -19,8 +20,7 @@ MANIFEST = "checkpoint.json"
 COUNTS_FILE = "counts.safetensors"
 PLAN_FILE = "plan.json"
 
-_FORMAT = "torchrec_mpe.distributed.checkpoint"
-_VERSION = 1
+_FORMAT = DocumentFormat("torchrec_mpe.distributed.checkpoint", 1, "a checkpoint's manifest")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Checkpoint:
         position (Mapping[str, Any]): of the data, as given to :meth:`Checkpoints.save`.
         world_size (int): number of ranks that saved it.
         search_config (Optional[SearchConfig]): in the search phase, how the model was prepared.
-        manifest (Mapping[str, Any]): all that the manifest holds.
+        manifest (Mapping[str, Any]): all that the manifest holds, but for its header.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Checkpoint:
 
 def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
     """Write a manifest into a folder that is not yet a checkpoint."""
-    document = {"format": _FORMAT, "version": _VERSION, **content}
+    document = {**_FORMAT.header(), **content}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -98,16 +98,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ValueError: if the manifest is none of ours or of another version, or a file is missing or of another size.
         OSError: if it cannot be read.
     """
-    try:
-        document = json.loads((path / MANIFEST).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / MANIFEST} is not a checkpoint's manifest: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ValueError(f"{path / MANIFEST} is not a checkpoint's manifest")
-    if document.get("version") != _VERSION:
-        raise ValueError(
-            f"{path / MANIFEST} is a checkpoint of version {document.get('version')}, this release reads {_VERSION}"
-        )
+    document = _FORMAT.read(path / MANIFEST)
     try:
         checkpoint = _from_document(path, document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

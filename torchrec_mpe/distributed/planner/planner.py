@@ -228,7 +228,7 @@ class MPEShardingPlanner(SearchingPlanner):
         complete = complete_constraints(module, sharders, self.topology, self._user_constraints)
         narrow = without_needless_row_wise(module, self.topology, complete, self._user_constraints)
         estimator = self._enumerate_with(narrow)
-        return self.enumerate(module, sharders), estimator, self.reserved_topology(module, sharders)
+        return self.search_space(module, sharders), estimator, self.reserved_topology(module, sharders)
 
     def _explained(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], kind: PlannerErrorType
@@ -277,11 +277,8 @@ class MPEShardingPlanner(SearchingPlanner):
         Raises:
             RuntimeError: if there is none, or it was made with an enumerator that was passed in.
         """
-        reserved, best, estimator = (
-            self.storage_reservation.last_reserved_topology,
-            self.best_plan,
-            self._storage_estimator,
-        )
+        reserved = self.storage_reservation.last_reserved_topology
+        best, estimator = self.best_plan, self._storage_estimator
         if best is None or estimator is None or reserved is None:
             raise RuntimeError("there is no plan to report on: call plan() first, on this process")
         return PlanReport.of(best, [estimator.shard_bytes(option) for option in best], reserved)

@@ -38,7 +38,7 @@ def place_collections(
             PackedShard(name, 0, 0, size.num_embeddings, size.embedding_dim, size.total) for name, size in sizes.items()
         )
         return PackedPlacement(shards, (total,), total, total if memory is None else memory, devices)
-    plan = _precision([_on_cpu(collection.packed_tables()) for collection in collections.values()])
+    plan = _precision([collection.packed_tables().cpu() for collection in collections.values()])
     # What these tables take beyond the plan's: directories that were asked for, scales of their own, several
     # collections. No device's share of it is larger than all of it.
     beyond = max(0, total - plan.size_report().total)
@@ -49,10 +49,6 @@ def free_memory(devices: Sequence[torch.device]) -> int | None:
     """85% of the bytes that are free on the CUDA device with the fewest; None if there is none."""
     free = [torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda"]
     return int(min(free) * (1 - _RESERVED)) if free else None
-
-
-def _on_cpu(packed: PackedTables) -> PackedTables:
-    return PackedTables(packed.tables, **{name: tensor.cpu() for name, tensor in packed.tensors().items()})
 
 
 def _precision(packed: Sequence[PackedTables]) -> PrecisionPlan:

@@ -14,8 +14,7 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import choose_directory
 from torchrec_mpe.packing.directory_lines import write_directory
 from torchrec_mpe.packing.layout import END_PADDING, aligned
-from torchrec_mpe.packing.pack import int32_tensor
-from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
+from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
 
 _CHUNK_ROWS = 1 << 16
 
@@ -92,7 +91,7 @@ def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:
                 f"table {table.name}: rows {rows.first_row} to {rows.first_row + rows.num_rows} are no part of its "
                 f"{table.num_embeddings} rows"
             )
-    packed = PackedTables(packed.tables, **{name: tensor.cpu() for name, tensor in packed.tensors().items()})
+    packed = packed.cpu()
     if [r.table for r in ranges] == list(range(len(packed.tables))) and all(_is_whole(packed, r) for r in ranges):
         return packed
     parts = [_whole(packed, r.table) if _is_whole(packed, r) else _range(packed, r) for r in ranges]

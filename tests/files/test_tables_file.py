@@ -6,7 +6,7 @@ import pytest
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_mpe.errors import UserError
-from torchrec_mpe.inference.convert.tables_file import read_checkpoint_tables
+from torchrec_mpe.inference.convert.checkpoint_tables import read_checkpoint_tables
 
 GOOD = """
 tables:
