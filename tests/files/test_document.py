@@ -7,7 +7,7 @@ import pytest
 
 from torchrec_mpe.files.document import DocumentFormat
 
-FORMAT = DocumentFormat("torchrec_mpe.test", 3, "a test's document")
+FORMAT = DocumentFormat("torchrec_mpe.test", 3, "a test's document", "test again")
 
 
 def test_what_is_written_is_read_without_its_header(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_what_is_written_is_read_without_its_header(tmp_path: Path) -> None:
         (b'{"format": "torchrec_mpe.other", "version": 3}', "d.json is not a test's document$"),
         (
             b'{"format": "torchrec_mpe.test", "version": 4}',
-            "a test's document of version 4, this release reads version 3",
+            "a test's document of version 4, this release reads version 3: test again$",
         ),
         (b'{"format": "torchrec_mpe.test", "version": "3"}', "of version 3, this release reads version 3"),
         (b'{"format": "torchrec_mpe.test"}', "of version None, this release reads version 3"),

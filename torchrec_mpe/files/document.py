@@ -15,11 +15,13 @@ class DocumentFormat:
         name (str): "torchrec_mpe.<kind>".
         version (int): that this release writes and reads.
         called (str): by people, "a precision plan".
+        remedy (str): for a document of another version, "emit the model again".
     """
 
     name: str
     version: int
     called: str
+    remedy: str = ""
 
     def header(self) -> dict[str, Any]:
         """The entries of a JSON document."""
@@ -39,7 +41,10 @@ class DocumentFormat:
             raise ValueError(f"{path} is not {self.called}")
         version, wanted = document.get("version"), str(self.version) if text else self.version
         if version != wanted:
-            raise ValueError(f"{path} is {self.called} of version {version}, this release reads version {wanted}")
+            remedy = self.remedy and f": {self.remedy}"
+            raise ValueError(
+                f"{path} is {self.called} of version {version!s:.20}, this release reads version {wanted}{remedy}"
+            )
 
     def read(self, path: Path) -> dict[str, Any]:
         """The entries of a JSON document but for the header.

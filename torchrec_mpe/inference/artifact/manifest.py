@@ -10,10 +10,11 @@ from typing import Any
 
 import jsonschema
 
+from torchrec_mpe.files.document import DocumentFormat
+
 MANIFEST = "manifest.json"
-FORMAT = "torchrec_mpe.artifact"
-VERSION = 4
-SCHEMA_ID = f"urn:torchrec_mpe:artifact:{VERSION}"
+_FORMAT = DocumentFormat("torchrec_mpe.artifact", 4, "an artifact's manifest", "emit the model again")
+SCHEMA_ID = f"urn:torchrec_mpe:artifact:{_FORMAT.version}"
 # A thousand tables take 1 MiB. A larger file is no manifest, and parsing it would take many times its size.
 _MAX_BYTES = 1 << 26
 
@@ -26,7 +27,7 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the document does not follow the schema, or holds what is no JSON.
     """
-    whole: Document = {"$schema": SCHEMA_ID, "format": FORMAT, "version": VERSION, "sha256": "", **document}
+    whole: Document = {"$schema": SCHEMA_ID, **_FORMAT.header(), "sha256": "", **document}
     whole = json.loads(json.dumps(whole, allow_nan=False))
     whole["sha256"] = manifest_sha256(whole)
     (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -44,22 +45,16 @@ def read_manifest(folder: Path) -> Document:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no artifact: it holds no {MANIFEST}")
     if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{file} does not describe an artifact: it has more than {_MAX_BYTES} bytes")
+        raise ValueError(f"{file} is not {_FORMAT.called}: it has more than {_MAX_BYTES} bytes")
     try:
-        document = json.loads(
+        document: Document = json.loads(
             file.read_bytes().decode("utf-8"), object_pairs_hook=_without_repetition, parse_constant=_no_constant
         )
         digest = manifest_sha256(document) if isinstance(document, dict) else ""
     # UnicodeError: also a character that is half of a pair. RecursionError: lists in lists without end.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {str(error) or type(error).__name__}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{file} does not describe an artifact")
-    version = document.get("version")
-    if version in (1, 2, 3):
-        raise ValueError(f"{file} was written by an earlier pre-release of torchrec_mpe: emit the model again")
-    if version != VERSION:
-        raise ValueError(f"{file} is of version {version!r:.20}, this release reads version {VERSION}")
+    _FORMAT.check(file, document)
     mistake = jsonschema.exceptions.best_match(_validator().iter_errors(document))
     if mistake is not None:
         raise ValueError(f"{file} does not follow its schema at {mistake.json_path:.200}: {mistake.message:.200}")
