@@ -70,7 +70,7 @@ def stored(sharding: str, phase: str) -> dict[str, Any]:
         mpe.prepare_retrain_(dmp, mpe.sample_precision(dmp))
     del model, plan
     held = _large_integer_bytes() - before
-    maps = sum(kernel.row_map.nbytes for kernel in dmp.module[0].kernels())
+    maps = sum(row_map.nbytes for row_map in dmp.module[0].row_maps())
     # What is sharded is still whole where it is asked for.
     if phase == "search":
         ranks = mpe.sample_precision(dmp).tables["mapped"].ranks

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchrec_mpe.ops.cache_tensors import WAYS, BackingStore, CacheDirectory
 from torchrec_mpe.ops.stored_rows import read_stored_rows_
+from torchrec_mpe.upstream.variable_batches import rank_after_rank
 
 
 def slots_of_rows(directory: CacheDirectory, num_sets: int, rows: Tensor) -> Tensor:
@@ -78,9 +79,7 @@ def look_up(
         return torch.cat(pooled)
     if bags_per_rank is None:
         return torch.cat(pooled, dim=1)
-    # Flat: rank after rank, and within a rank feature after feature.
-    chunks = [rows.split(of_ranks) for rows, of_ranks in zip(pooled, bags_per_rank, strict=True)]
-    return torch.cat([part.flatten() for of_rank in zip(*chunks, strict=True) for part in of_rank])
+    return rank_after_rank(pooled, bags_per_rank)
 
 
 def pool_rows(

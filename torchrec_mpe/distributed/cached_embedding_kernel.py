@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import (
     EmbeddingComputeKernel,
     GroupedEmbeddingConfig,
@@ -21,7 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mpe.cache.cached_table_batched_embedding_bags import CachedTableBatchedEmbeddingBags
 from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.table_spec import CachedTableSpec
-from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, shard_offsets
+from torchrec_mpe.distributed.row_shard import shard_offsets
+from torchrec_mpe.upstream.pooled_lookup import OwnEmbeddingKernel
 
 CACHED_KERNEL = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 
@@ -76,7 +75,7 @@ class CachedFusedOptimizer(FusedOptimizer):
         self._emb_module.set_learning_rate(float(group["lr"]))
 
 
-class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
+class CachedEmbeddingBag(OwnEmbeddingKernel, FusedOptimizerModule):
     """In place of BatchedFusedEmbeddingBag, with a cached TBE instead of one that holds all rows in fp32.
 
     Args:
@@ -100,8 +99,8 @@ class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
         fused_params = {k: v for k, v in (config.fused_params or {}).items() if k not in _OF_FBGEMM_CACHE}
         self._emb_module = CachedTableBatchedEmbeddingBags(
             [_spec(table, caches[table.name], wide_rows) for table in config.embedding_tables],
-            self._feature_table_map,
-            self._pooling,
+            self.feature_table_map,
+            self.pooling_mode,
             device,
             **{"bounds_check_mode": BoundsCheckMode.WARNING, **fused_params},
         )
@@ -117,20 +116,20 @@ class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
 
     def prefetch(self, features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
         """Move the rows of a batch that is to be looked up into the cache."""
-        self._emb_module.prefetch(*self._ids_and_offsets(features), forward_stream, _batch_sizes(features))
+        self._emb_module.prefetch(*self.ids_and_offsets(features), forward_stream, _batch_sizes(features))
 
     def forward(self, features: KeyedJaggedTensor, vbe_output: Any = None, vbe_output_offsets: Any = None) -> Tensor:
         """Pooled embeddings, or rows without pooling, as BatchedFusedEmbeddingBag.
 
         Raises:
-            NotImplementedError: for an output to write into: :class:`MergeVariableBatches` needs none.
+            NotImplementedError: for an output to write into.
         """
         if vbe_output is not None:
             raise NotImplementedError("a cached table's lookup returns its output and writes into no other's")
         weights = features.weights_or_none()
         if weights is not None and not torch.is_floating_point(weights):
             weights = None
-        indices, offsets = self._ids_and_offsets(features)
+        indices, offsets = self.ids_and_offsets(features)
         pooled: Tensor = self._emb_module(
             indices, offsets, weights, batch_size_per_feature_per_rank=_batch_sizes(features)
         )
@@ -162,51 +161,6 @@ class CachedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
     ) -> Iterator[tuple[str, Tensor]]:
         """None, as of BatchedFusedEmbeddingBag."""
         yield from ()
-
-    def _ids_and_offsets(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
-        return (
-            features.values().to(self._embedding_table_index_type),
-            features.offsets().to(self._embedding_table_offset_type),
-        )
-
-
-class CachedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
-    """A GroupedPooledEmbeddingsLookup of which some kernels are cached.
-
-    Args:
-        grouped_configs, device, pg, sharding_type, env: as GroupedPooledEmbeddingsLookup.
-        caches, wide_rows: as :class:`CachedEmbeddingBag`.
-    """
-
-    def __init__(
-        self,
-        grouped_configs: list[GroupedEmbeddingConfig],
-        caches: Mapping[str, CacheConfig],
-        wide_rows: WideRows,
-        device: torch.device | None = None,
-        pg: Any = None,
-        sharding_type: ShardingType | None = None,
-        env: Any = None,
-    ) -> None:
-        self._caches, self._wide_rows = caches, wide_rows  # before the kernels, which super() makes
-        super().__init__(grouped_configs, device=device, pg=pg, sharding_type=sharding_type, env=env)
-        del self._wide_rows  # has the whole plan
-        # FBGEMM's way of variable batches has TBEs write into one output.
-        self._forward_with_vbe_merging = MergeVariableBatches(self)
-
-    def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, sharding_type: Any, env: Any
-    ) -> Any:
-        if config.compute_kernel == CACHED_KERNEL:
-            return CachedEmbeddingBag(config, self._caches, self._wide_rows, pg, device, sharding_type)
-        return super()._create_embedding_kernel(config, device, pg, sharding_type, env)
-
-    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
-        """TorchRec's, which knows its own kernels only, and that of the cached ones."""
-        super().prefetch(sparse_features, forward_stream)
-        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
-            if isinstance(kernel, CachedEmbeddingBag):
-                kernel.prefetch(features, forward_stream)
 
 
 def _spec(table: ShardedEmbeddingTable, cache: CacheConfig, wide_rows: WideRows) -> CachedTableSpec:

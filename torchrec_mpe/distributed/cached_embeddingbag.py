@@ -7,27 +7,19 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import ShardingType
-from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
-from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D
 
 from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.statistics import CacheStatistics
-from torchrec_mpe.distributed.cached_embedding_kernel import (
-    CACHED_KERNEL,
-    CachedEmbeddingBag,
-    CachedPooledEmbeddingsLookup,
-)
+from torchrec_mpe.distributed.cached_embedding_kernel import CACHED_KERNEL, CachedEmbeddingBag
 from torchrec_mpe.distributed.cached_state import CachedShard, CachedState, wide_rows_digest
 from torchrec_mpe.distributed.embeddingbag import (
     QUANTIZED_KERNELS,
     MPEEmbeddingBagCollectionSharder,
     ShardedMPEEmbeddingBagCollection,
 )
-from torchrec_mpe.distributed.quantized_forward import shard_offsets
-from torchrec_mpe.distributed.row_shard import RowShard
+from torchrec_mpe.distributed.pooled_lookup import MPEPooledLookup
+from torchrec_mpe.distributed.row_shard import RowShard, shard_offsets
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
@@ -106,21 +98,9 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
                 info.fused_params = {**params, "_batch_key": key}
         return grouped
 
-    def _create_lookup(self, sharding: Any) -> nn.Module:
-        if isinstance(sharding, DpPooledEmbeddingSharding):
-            return super()._create_lookup(sharding)
-        configs = sharding._grouped_embedding_configs_per_rank[sharding._rank]
-        if all(config.compute_kernel != CACHED_KERNEL for config in configs):
-            return super()._create_lookup(sharding)
-        return CachedPooledEmbeddingsLookup(
-            configs,
-            self.cache_configs,
-            self._wide_rows,
-            device=sharding._device,
-            pg=sharding._pg,
-            sharding_type=_sharding_type(sharding),
-            env=sharding._env,
-        )
+    def create_lookup(self, sharding_type: str, sharding: Any, **cached: Any) -> MPEPooledLookup:
+        """The lookup of all tables of one sharding type, with the cached ones among them."""
+        return super().create_lookup(sharding_type, sharding, caches=self.cache_configs, wide_rows=self._wide_rows)
 
     def cached_tables(self) -> list[str]:
         """The names of the tables that are cached."""
@@ -202,15 +182,9 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
         if getattr(self, "row_initialization", None) is not None:
             super().reset_parameters()
             return
-        configs: list[Any] = self.embedding_bag_configs()
-        cached = set(self.cached_tables())
-        try:
-            # TorchRec looks for a parameter that holds the rows.
-            self._embedding_bag_configs = [config for config in configs if config.name not in cached]
-            super().reset_parameters()
-        finally:
-            self._embedding_bag_configs = configs
-        init_fn = {config.name: config.init_fn for config in configs}
+        # TorchRec looks for a parameter that holds the rows.
+        init_fn: dict[str, Any] = {config.name: config.init_fn for config in self.embedding_bag_configs()}
+        self.reset_tables(init_fn.keys() - set(self.cached_tables()))
         for shard in self.cached_shards():
             for start in range(0, shard.rows, _ROWS_PER_CHUNK):
                 values = self._chunk(shard, start)
@@ -233,29 +207,18 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
 
     # State dicts.
 
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering)
-        if self._state is None:
-            found = {table: self._wide_rows_digest(table) for table in self.cached_tables()}
-            wide_rows = {table: digest for table, digest in found.items() if digest is not None}
-        else:
-            wide_rows = self._state.wide_rows
+    def prepare_state_dict(self) -> None:
+        """Make the stores' tensors and let state dicts have them."""
+        found = {table: self._wide_rows_digest(table) for table in self.cached_tables()}
+        wide_rows = {table: digest for table, digest in found.items() if digest is not None}
         self._state = CachedState(self.cached_shards(), self.process_group, wide_rows)
-        if not skip_registering:
-            self._register_state_dict_hook(_add_stores)
+        self.register_state_dict_post_hook(_add_stores)
 
-    @staticmethod
-    def _pre_load_state_dict_hook(
-        self: "ShardedCachedEmbeddingBagCollection",
-        state_dict: dict[str, Any],
-        prefix: str,
-        *args: Any,
-    ) -> None:
+    def take_from_state_dict(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> None:
         """Take the cached tables' stores, or fp32 rows of whole tables, out of a state dict that is being loaded.
 
         A table is loaded with all that it has or not at all, and nothing is loaded unless everything fits.
         """
-        missing: list[str] = args[2]
         prefix_of_tables = f"{prefix}embedding_bags."
         assert self._state is not None
         # Tables that are not loaded keep their rows, which may be in a cache that is emptied for another table.
@@ -268,7 +231,7 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
             if weight is not None:
                 weights[table] = weight
             elif any(tensor is None for tensor in found.values()):
-                missing += [f"{prefix_of_tables}{name}" for name in found]
+                missing_keys += [f"{prefix_of_tables}{name}" for name in found]
             else:
                 stores[table] = found
         self._check_weights(weights)
@@ -276,10 +239,9 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
         for table, weight in weights.items():
             self._load_rows(table, weight)
         self._state.load(stores)
-        ShardedMPEEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _wide_rows_digest(self, table: str) -> int | None:
-        return wide_rows_digest(self._wide_rows, table, self._table_name_to_config[table].num_embeddings)
+        return wide_rows_digest(self._wide_rows, table, self.config_of(table).num_embeddings)
 
     def wide_rows_digest(self, table: str) -> int | None:
         """What tells which rows of a cached table are stored in 8 bits; None if all rows have equally many."""
@@ -293,7 +255,7 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
                     f"table {table} is cached and cannot load fp32 rows that are sharded: give its whole weight, or "
                     "the rows4 and rows8 of a cached table"
                 )
-            config = self._table_name_to_config[table]
+            config = self.config_of(table)
             if tuple(weight.shape) != (config.num_embeddings, config.embedding_dim):
                 raise ValueError(
                     f"table {table} has {config.num_embeddings} rows of {config.embedding_dim} columns, its weight in "
@@ -312,15 +274,6 @@ class ShardedCachedEmbeddingBagCollection(ShardedMPEEmbeddingBagCollection):
     @property
     def unsharded_module_type(self) -> type[CachedEmbeddingBagCollection]:
         return CachedEmbeddingBagCollection
-
-
-def _sharding_type(sharding: Any) -> ShardingType | None:
-    """What TorchRec tells a lookup: of the types by which mean pooling is a division after output dist."""
-    if isinstance(sharding, RwPooledEmbeddingSharding):
-        return ShardingType.ROW_WISE
-    if isinstance(sharding, TwRwPooledEmbeddingSharding | GridPooledEmbeddingSharding):
-        return ShardingType.TABLE_ROW_WISE
-    return None
 
 
 def _add_stores(

@@ -9,30 +9,23 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
-from torchrec.distributed.embeddingbag import (
-    EmbeddingBagCollectionContext,
-    EmbeddingBagCollectionSharder,
-    ShardedEmbeddingBagCollection,
-)
-from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, EmbeddingBagCollectionSharder
 from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_mpe.distributed.local_counts import LocalCounts
-from torchrec_mpe.distributed.quantized_forward import MergeVariableBatches, QuantizedForward, shard_offsets
-from torchrec_mpe.distributed.row_shard import RowShard, TensorShard
+from torchrec_mpe.distributed.pooled_lookup import MPEPooledLookup
+from torchrec_mpe.distributed.row_shard import RowShard, TensorShard, shard_offsets
 from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.row_quantizer import RowQuantizer
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.pooled_lookup import EmbeddingKernel
+from torchrec_mpe.upstream.sharded_embeddingbag import OpenShardedEmbeddingBagCollection
 
 # Kernels whose rows can be had unpooled, in the order of preference on a GPU.
 QUANTIZED_KERNELS = tuple(
@@ -44,10 +37,12 @@ QUANTIZED_KERNELS = tuple(
         EmbeddingComputeKernel.DENSE,
     )
 )
-_ROWS_SPLIT = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
+_ROWS_SPLIT = tuple(
+    kind.value for kind in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)
+)
 
 
-class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
+class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
     """A ShardedEmbeddingBagCollection that quantizes rows between lookup and pooling, inside each shard.
 
     In the plain phase it is TorchRec's own. In a prepared phase the TBEs return unpooled rows, and each kernel's rows
@@ -81,7 +76,6 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             _refuse_wrong_sharding(module, table, sharding, self.quantized_kernels)
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         self._counts: LocalCounts | None = None
-        self._divide_by_length = self._columns_to_divide()
         self.phase = module.phase
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
@@ -114,39 +108,19 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             info.fused_params = {**(info.fused_params or {}), "_batch_key": batch_key}
         return grouped
 
-    def _create_lookups(self) -> None:
-        self._lookups += [self._create_lookup(sharding) for sharding in self._embedding_shardings]
-        self._quantized: list[QuantizedForward] = []
-        infos = [info for infos in self.sharding_type_to_sharding_infos.values() for info in infos]
-        prepared = any(info.embedding_config.pooling == PoolingType.NONE for info in infos)
-        for sharding, lookup in zip(self._embedding_shardings, self._lookups, strict=True):
-            if prepared or self._device.type == "cpu":
-                lookup._forward_with_vbe_merging = MergeVariableBatches(lookup)
-            if prepared:
-                lookup.register_forward_hook(self._touch_replicated)
-                # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
-                mean = self._never if isinstance(sharding, _ROWS_SPLIT) else self._is_mean
-                for kernel in lookup._emb_modules:
-                    kernel.forward = QuantizedForward(kernel, lookup, self.quantizers, mean)
-                    self._quantized.append(kernel.forward)
-
-    def _create_lookup(self, sharding: Any) -> nn.Module:
-        """The lookup of the tables of one sharding type."""
-        lookup: nn.Module = sharding.create_lookup()
-        return lookup
-
-    def _is_mean(self, table: str) -> bool:
-        return bool(self.pooling_of(table) == PoolingType.MEAN)
-
-    def _never(self, table: str) -> bool:
-        return False
+    def create_lookup(self, sharding_type: str, sharding: Any, **cached: Any) -> MPEPooledLookup:
+        """The lookup of all tables of one sharding type; ``cached`` as the last arguments of MPEPooledLookup."""
+        # Mean pooling over rows of several ranks is a division after output dist, TorchRec's own.
+        tables = [] if sharding_type in _ROWS_SPLIT else self.embedding_bag_configs()
+        mean_tables = {table.name for table in tables if table.pooling == PoolingType.MEAN}
+        return MPEPooledLookup(sharding, mean_tables, **cached)
 
     def _shard_row_maps(self, quantizers: Mapping[int, RowQuantizer]) -> None:
         """Keep of what each row belongs to, and of its frequency rank, what this rank's own rows need."""
         self.mpe = nn.ModuleDict({f"dim_{dim}": copy.copy(quantizer) for dim, quantizer in quantizers.items()})
-        self.mpe.to(self._device)
-        for forward in self._quantized:
-            forward.set_row_map(self._device)
+        self.mpe.to(self.device)
+        for lookup in self.lookups():
+            lookup.quantize_with(self.quantizers(), self.device)
         shards = [table for kernel in self.kernels() for table in kernel.config.embedding_tables]
         once = [
             (shard.name, shard_offsets(shard)[0], shard.local_rows) for shard in shards if not shard_offsets(shard)[1]
@@ -155,19 +129,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             once = [shard for shard in once if shard[0] not in self.data_parallel_tables()]
         for quantizer in self.quantizers().values():
             own = [shard for shard in once if shard[0] in quantizer.num_embeddings]
-            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=self.process_group, device=self._device))
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that the tables are sharded over."""
-        group: dist.ProcessGroup | None = self._env.process_group
-        return group
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank's shards are looked up."""
-        device: torch.device = self._device
-        return device
+            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=self.process_group, device=self.device))
 
     def data_parallel_tables(self) -> set[str]:
         """The tables that every rank has a copy of."""
@@ -180,34 +142,29 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def start_counting(self) -> None:
         """Count the lookups of this rank's rows from now on: see :func:`torchrec_mpe.track_frequencies_`."""
         tables = [
-            [table for kernel in _kernels_of(lookup) for table in kernel.config.embedding_tables]
-            for lookup in self._lookups
+            [table for kernel in lookup.kernels for table in kernel.config.embedding_tables]
+            for lookup in self.lookups()
         ]
-        self._counts = LocalCounts(tables, self._device)
+        self._counts = LocalCounts(tables, self.device)
 
     def local_counts(self) -> Iterator[tuple[str, int, Tensor]]:
         """Table, first row and counts, int64 [rows], of this rank's shards; nothing if they are not counted."""
         if self._counts is not None:
             yield from self._counts.shards()
 
-    def pooling_of(self, table: str) -> PoolingType:
-        """A table's pooling as the user configured it."""
-        return self._table_name_to_config[table].pooling
-
-    def embedding_bag_configs(self) -> list[Any]:
-        """The table configs, as of the unsharded collection."""
-        configs: list[Any] = self._embedding_bag_configs
-        return configs
-
     def quantizers(self) -> dict[int, RowQuantizer]:
         """The replicated quantizers by embedding dimension; empty in the plain phase."""
         modules = self.mpe.values() if self.phase is not Phase.PLAIN else ()
         return {q.embedding_dim: q for q in modules if isinstance(q, RowQuantizer)}
 
-    def kernels(self) -> Iterator[BaseBatchedEmbeddingBag]:
+    def kernels(self) -> Iterator[EmbeddingKernel]:
         """The embedding kernels that hold this rank's shards."""
-        for lookup in self._lookups:
-            yield from _kernels_of(lookup)
+        for lookup in self.lookups():
+            yield from lookup.kernels
+
+    def row_maps(self) -> list[Tensor]:
+        """What each of this rank's rows belongs to, one map a kernel; none in the plain phase."""
+        return [row_map for lookup in self.lookups() for row_map in lookup.row_maps()]
 
     def local_shards(self) -> Iterator[tuple[str, int, int, Tensor]]:
         """This rank's shards: table, first row, first column, and values [rows, columns] in the TBE's memory."""
@@ -247,7 +204,7 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def _check_same_on_all_ranks(self) -> None:
         """Different counts or plans would not fail by themselves, only train nonsense."""
-        group = self._env.process_group
+        group = self.process_group
         if group is None or dist.get_world_size(group) == 1:
             return
         mine = {dim: int(quantizer.layout_digest) for dim, quantizer in self.quantizers().items()}
@@ -258,33 +215,6 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 "the ranks were prepared with different counts or plans: add up the counts of all ranks with "
                 "FrequencyCounter.merge_across_ranks() before prepare_search_, and give every rank the same plan"
             )
-
-    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
-        """TorchRec's, but only mean-pooled tables whose rows are split over ranks are divided by bag lengths.
-
-        TorchRec 1.8 prepares to divide all columns of a collection with such a table, those of other sharding types too
-        and those of a sum-pooled table that reads the same feature.
-        """
-        awaitable = super().input_dist(ctx, features)
-        if ctx.divisor is not None:
-            ctx.divisor = torch.where(self._divide_by_length, ctx.divisor, 1)
-        return awaitable
-
-    def _columns_to_divide(self) -> Tensor:
-        """Which columns of the output are of mean-pooled tables that are sharded by rows, bool [sum of dims]."""
-        # TorchRec would put 1 for the lengths of these features, also where a mean-pooled table reads them.
-        self._pooling_type_to_rs_features[PoolingType.SUM.value] = []
-        divided = {
-            name
-            for kind in (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
-            for info in self.sharding_type_to_sharding_infos.get(kind, [])
-            if self._is_mean(info.embedding_config.name)
-            for name in info.embedding_config.embedding_names
-        }
-        columns = [
-            torch.full((d,), n in divided) for n, d in zip(self._embedding_names, self._embedding_dims, strict=True)
-        ]
-        return torch.cat(columns).to(self._device)
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Lookup, quantize and pool, and output dist.
@@ -300,29 +230,16 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def _refuse_variable_batches_of_dense_kernels(self) -> None:
         """Decided from the kernels of all ranks: if only some raised, the others would wait for them."""
-        for sharding_type, sharding in zip(self._sharding_types, self._embedding_shardings, strict=True):
-            if sharding_type == ShardingType.DATA_PARALLEL.value:
-                continue
-            for kernels in sharding._grouped_embedding_configs_per_rank:
-                dense = [kernel for kernel in kernels if kernel.compute_kernel == EmbeddingComputeKernel.DENSE]
-                if dense and len(kernels) > 1:
-                    tables = [table.name for kernel in kernels for table in kernel.embedding_tables]
+        for sharding_type, groups_of_ranks in self.kernel_configs():
+            for groups in groups_of_ranks:
+                dense = [group for group in groups if group.compute_kernel == EmbeddingComputeKernel.DENSE]
+                if dense and len(groups) > 1:
+                    tables = [table.name for group in groups for table in group.embedding_tables]
                     raise NotImplementedError(
                         f"tables {', '.join(tables)} are sharded {sharding_type} with several dense kernels, whose "
                         "variable batches TorchRec puts together in the wrong order; use the compute kernel fused for "
                         "them"
                     )
-
-    def _touch_replicated(self, lookup: nn.Module, features: Any, pooled: Tensor) -> Tensor:
-        """Let every replicated parameter's gradient wait for that of every lookup, also where it has no part in it.
-
-        DDP averages a parameter's gradient as soon as it is complete. If that came before output dist's backward on a
-        rank without tables and after it on another, the two would issue their collectives in different orders and hang.
-        """
-        if self.phase is Phase.PLAIN or not torch.is_grad_enabled():
-            return pooled
-        touched: Tensor = _ZeroGradients.apply(pooled, *self.mpe.parameters())  # type: ignore[no-untyped-call]
-        return touched
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """Names that DDP must leave alone: all but the replicated quantizers."""
@@ -334,23 +251,6 @@ class ShardedMPEEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     @property
     def unsharded_module_type(self) -> type[MPEEmbeddingBagCollection]:
         return MPEEmbeddingBagCollection
-
-
-def _kernels_of(lookup: Any) -> Iterator[BaseBatchedEmbeddingBag]:
-    yield from (lookup.module if isinstance(lookup, DistributedDataParallel) else lookup)._emb_modules
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Its first argument; the others get a gradient of zeros once the first has one."""
-
-    @staticmethod
-    def forward(ctx: Any, pooled: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return pooled.view_as(pooled)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
 def _refuse_wrong_sharding(
@@ -422,8 +322,7 @@ class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """TorchRec's, and on CPU also the row-wise ones, which it omits though they run there."""
         types: list[str] = super().sharding_types(compute_device_type)
         if compute_device_type == "cpu":
-            omitted = (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)
-            types = list(dict.fromkeys([*types, *(kind.value for kind in omitted)]))
+            types = list(dict.fromkeys([*types, *_ROWS_SPLIT]))
         return types
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.distributed.quantized_forward import shard_offsets
+from torchrec_mpe.distributed.row_shard import shard_offsets
 from torchrec_mpe.ops.count_ids import count_ids_
 
 

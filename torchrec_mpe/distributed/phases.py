@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -15,6 +14,7 @@ from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.data_parallel import rewrap_data_parallel
 
 
 def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: SearchConfig | None = None) -> nn.Module:
@@ -76,7 +76,7 @@ def prepare_retrain_(model: nn.Module, plan: PrecisionPlan) -> nn.Module:
         ValueError: if a table's shape differs from the plan's, or the model was sharded in the plain phase.
     """
     if isinstance(model, DistributedModelParallel):
-        _rewrap_data_parallel(model, lambda: _retrain_sharded(model, plan))
+        rewrap_data_parallel(model, lambda: _retrain_sharded(model, plan))
     elif any(True for _ in _sharded_collections(model)):
         _retrain_sharded(model, plan)
     else:
@@ -197,17 +197,5 @@ def _retrain_quantizers(sharded: ShardedMPEEmbeddingBagCollection, plan: Precisi
         plan.initialization,
         plan.zero_row == "learned",
         sharded.quantizers(),
-        sharded._device,
+        sharded.device,
     )
-
-
-def _rewrap_data_parallel(model: DistributedModelParallel, change: Callable[[], None]) -> None:
-    """Run ``change`` with DDP taken off: it holds on to the parameters that it was made with."""
-    wrapped = model._dmp_wrapped_module
-    if isinstance(wrapped, DistributedDataParallel):
-        model._dmp_wrapped_module = wrapped.module
-        model._ddp_wrapped = False
-    change()
-    if isinstance(wrapped, DistributedDataParallel):
-        del wrapped  # its reducer takes its autograd hooks with it
-        model.init_data_parallel()

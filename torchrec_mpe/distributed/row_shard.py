@@ -4,6 +4,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+
+
+def shard_offsets(table: ShardedEmbeddingTable) -> tuple[int, int]:
+    """First row and first column of a table's local shard."""
+    if table.local_metadata is None:
+        return 0, 0
+    row, column = table.local_metadata.shard_offsets
+    return row, column
 
 
 class RowShard(Protocol):

@@ -1,12 +1,7 @@
 """Whether packed tables say what the retrained ones do."""
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -51,9 +46,10 @@ def check_agreement(
     if problem := _first_problem(problem, group):
         raise ValueError(problem)
     assert got is not None
-    with _side_effect_free(trained) as forward:
-        want = forward(probe)
-        want = want.wait() if hasattr(want, "wait") else want
+    if isinstance(trained, ShardedMPEEmbeddingBagCollection):
+        want = trained.forward_without_trace(probe)
+    else:
+        want = trained.quantized_forward(probe)
     if problem := _first_problem(_difference(got, want, packed, probe), group):
         raise RuntimeError(problem)
 
@@ -108,40 +104,3 @@ def _first_problem(problem: str, group: dist.ProcessGroup | None) -> str:
     problems: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")
-
-
-@contextmanager
-def _side_effect_free(
-    trained: MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection,
-) -> Iterator[nn.Module]:
-    """A collection whose forward leaves no trace in ``trained``."""
-    forward = copy.copy(trained)
-    forward.training = False  # of this object alone: lookups are not counted
-    if not isinstance(trained, ShardedMPEEmbeddingBagCollection):
-        yield forward
-        return
-    forward.__dict__.pop("forward", None)  # a train pipeline's, which waits for batches of its own
-    # The first batch decides in which order a sharded collection takes its features from then on.
-    forward._buffers, forward._modules = dict(trained._buffers), dict(trained._modules)
-    forward._has_uninitialized_input_dist = True
-    forward._input_dists, forward._feature_splits, forward._features_order = [], [], []
-    forward._has_features_permute = True
-    forward._kjt_key_indices, forward._kjt_inverse_order, forward._kt_key_ordering = {}, None, None
-    forward._inverse_indices_permute_indices = None
-    # A TBE counts every forward as an iteration of its optimizer.
-    counters: list[tuple[Tensor, Tensor]] = []
-    steps: list[tuple[nn.Module, int]] = []
-    for kernel in trained.kernels():
-        tbe = kernel.emb_module
-        for name in ("iter", "iter_cpu"):
-            if isinstance(counter := getattr(tbe, name, None), Tensor):
-                counters.append((counter, counter.clone()))
-        if isinstance(step := getattr(tbe, "step", None), int):
-            steps.append((tbe, step))
-    try:
-        yield forward
-    finally:
-        for counter, before in counters:
-            counter.copy_(before)
-        for tbe, step in steps:
-            setattr(tbe, "step", step)  # noqa: B010  (a Module's attributes are tensors and modules to mypy)

@@ -101,14 +101,14 @@ def _pack(
                 directory[config.name],
             )
         )
-    packed = PackedEmbeddingBagCollection(configs, pack_tables(tables), collection._is_weighted, device=device)
+    packed = PackedEmbeddingBagCollection(configs, pack_tables(tables), collection.is_weighted(), device=device)
     if probe is None:
         ids = {table.name: probe_ids(table.widths) for table in tables}
-        probe = draw_probe(configs, ids, collection._is_weighted, device)
+        probe = draw_probe(configs, ids, collection.is_weighted(), device)
     check_agreement(collection, packed, probe.to(device))
     if output_dtype == torch.float32:
         return packed
-    return PackedEmbeddingBagCollection(configs, packed.packed_tables(), collection._is_weighted, output_dtype)
+    return PackedEmbeddingBagCollection(configs, packed.packed_tables(), collection.is_weighted(), output_dtype)
 
 
 def _whole_rows(collection: MPEEmbeddingBagCollection, table: str) -> RowSource:

@@ -151,7 +151,7 @@ def held_by(ebc: ShardedMPEEmbeddingBagCollection) -> dict[str, Any]:
         )
         + sum(cache["optimizer_state"] for cache in caches),
         **{kind: sum(cache[kind] for cache in caches) for kind in ("store", "cache", "spill", "directory")},
-        "row_map": nbytes(kernel.row_map for kernel in kernels if hasattr(kernel, "row_map")),
+        "row_map": nbytes(ebc.row_maps()),
         "frequency_ranks": ranks,
     }
 
