@@ -13,11 +13,13 @@ CIAO ?=
 BENCH_MACHINE ?=
 
 # How long and from which seed `make test-cpp` feeds random inputs to the C++ lookup.
-FUZZ_SECONDS ?= 30
+FUZZ_SECONDS ?= 10
 FUZZ_SEED ?= 1
 
-# How long `make test` asks one model for answers from 8 threads.
-STRESS_SECONDS ?= 3
+# Further arguments for pytest, such as `--stress-seconds 60 --fuzz-seconds 600` (tests/conftest.py), and the number of
+# workers that share the tests.
+TEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 .PHONY: setup demo test test-cpp bench docs lint format clean
 
@@ -43,13 +45,14 @@ demo: setup
 	$(BIN)/torchrec-mpe demo --out demo-output
 
 test: setup test-cpp
-	$(BIN)/python -m pytest --stress-seconds $(STRESS_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations 20 --durations-min 1 $(TEST_ARGS)
 
 # C++ tests of the CPU kernels under AddressSanitizer, and of what several threads do under ThreadSanitizer as well.
 # They need a C++ compiler and nothing else.
 CPP_TESTS := build/cpp-tests
 CPP_TESTS_TSAN := build/cpp-tests-tsan
-CPP_TEST_FLAGS := -std=c++17 -O1 -g -pthread
+# Line numbers are all that a sanitizer's report needs, and -g takes half as long again to compile.
+CPP_TEST_FLAGS := -std=c++17 -O1 -g1 -pthread
 $(CPP_TESTS)/%: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all
 $(CPP_TESTS_TSAN)/%: SANITIZER := -fsanitize=thread
 CPP_TEST_KERNELS := cpu_capability row_lock cache_slots $(foreach kernel, \
@@ -59,17 +62,19 @@ CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/, \
 	lookup_test pack_test update_test cache_slots_test stored_rows_test lookup_fuzz)
 CPP_TEST_PROGRAMS_TSAN := $(addprefix $(CPP_TESTS_TSAN)/,update_test stored_rows_test)
 
+# Two at a time, the long ones first.
+CPP_CHECKS := $(patsubst %,run-%,$(filter-out %/lookup_fuzz,$(CPP_TEST_PROGRAMS)) $(CPP_TEST_PROGRAMS_TSAN))
+.PHONY: run-lookup_fuzz $(CPP_CHECKS)
+
 test-cpp:
 	@$(MAKE) --no-print-directory -j2 $(CPP_TEST_PROGRAMS) $(CPP_TEST_PROGRAMS_TSAN)
-	$(CPP_TESTS)/pack_test
-	$(CPP_TESTS)/lookup_test
-	$(CPP_TESTS)/update_test
-	$(CPP_TESTS_TSAN)/update_test
-	$(CPP_TESTS)/cache_slots_test
-	$(CPP_TESTS)/stored_rows_test
-	$(CPP_TESTS_TSAN)/stored_rows_test
-	$(CPP_TESTS)/lookup_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus kernels/tests/corpus \
-		--last $(CPP_TESTS)/lookup_fuzz_input
+	@$(MAKE) --no-print-directory -j2 run-lookup_fuzz $(CPP_CHECKS)
+
+$(CPP_CHECKS): run-%: %
+	$<
+
+run-lookup_fuzz: $(CPP_TESTS)/lookup_fuzz
+	$< --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --corpus kernels/tests/corpus --last $(CPP_TESTS)/lookup_fuzz_input
 
 $(CPP_TESTS)/lookup_fuzz: $(CPP_TESTS)/lookup_fuzz_driver.o
 $(CPP_TEST_PROGRAMS): %: %.o $(CPP_TEST_KERNELS:%=$(CPP_TESTS)/%.o)

@@ -1,6 +1,7 @@
-"""Calls from several threads at once."""
+"""Calls from several threads at once, and waiting for what others do."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,3 +23,11 @@ def repeat_in_threads(calls: Sequence[Callable[[], object]], seconds: float) -> 
         stop.set()
     for call in running:
         call.result()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Return as soon as a condition is true; fail if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)

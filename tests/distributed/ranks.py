@@ -98,7 +98,9 @@ class Ranks:
             self._kill()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported what ranks need and has started no thread.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.equality", "tests.distributed.cached_cases"])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         for rank in range(self._world_size):
@@ -121,9 +123,3 @@ class Ranks:
         if self._folder is not None:
             self._folder.cleanup()
         self._folder, self._processes, self._connections = None, [], []
-
-
-def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """Results of ``function(*arguments)`` by rank, on processes of their own."""
-    with Ranks(world_size) as ranks:
-        return ranks.run(function, *arguments)

@@ -1,6 +1,5 @@
 """Sharded collections of cached tables: what one process gives, and what TorchRec's own TBEs give."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +33,6 @@ from torchrec_mpe.distributed.cached_embeddingbag import ShardedCachedEmbeddingB
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[Ranks]:
-    with Ranks(1) as ranks:
-        yield ranks
-
-
 def on_ranks(cases: list[Case]) -> list[dict[str, Any]]:
     """Every case trained on this group: pooled embeddings, rows, counters, and evaluation after training."""
     results = []
@@ -66,8 +59,8 @@ TABLE_WISE = [
 
 
 @pytest.mark.supports("training: cached tables, every rounding as in one process", "several ranks, gloo")
-def test_table_wise_is_bit_equal_to_one_process(one_rank: Ranks, two_ranks: Ranks) -> None:
-    alone = one_rank.run(on_ranks, [replace(case, all_on_rank=None) for case in TABLE_WISE])[0]
+def test_table_wise_is_bit_equal_to_one_process(lone_rank: Ranks, two_ranks: Ranks) -> None:
+    alone = lone_rank.run(on_ranks, [replace(case, all_on_rank=None) for case in TABLE_WISE])[0]
     together = two_ranks.run(on_ranks, TABLE_WISE)
     for k, case in enumerate(TABLE_WISE):
         want, found = alone[k], [rank[k] for rank in together]

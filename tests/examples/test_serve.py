@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from tests.threads import wait_for
 from torchrec_mpe.inference.delta import save_delta
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 
@@ -357,11 +357,23 @@ def _point(link: Path, target: Path) -> None:
     new.replace(link)
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def _sockets(state: int) -> list[tuple[int, int, int]]:
+    """Local port, remote port and bytes that nobody has read yet of this machine's IPv4 sockets in a TCP state."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        (int(line[1].split(":")[1], 16), int(line[2].split(":")[1], 16), int(line[4].split(":")[1], 16))
+        for line in lines
+        if int(line[3], 16) == state
+    ]
+
+
+def _unread(client: int, server: int) -> int | None:
+    """Bytes that a client has sent and the server has not read; None before the server has the connection."""
+    return next((unread for local, remote, unread in _sockets(1) if (local, remote) == (server, client)), None)
+
+
+def _listens(server: int) -> bool:
+    return any(local == server for local, *_ in _sockets(10))
 
 
 @pytest.mark.supports("HTTP server: reload and update under load", "CPU")
@@ -384,7 +396,7 @@ def test_reload_under_load(servers: SimpleNamespace, artifacts: Path, model: DLR
     with ThreadPoolExecutor(3) as clients:
         running = [clients.submit(client) for _ in range(3)]
         try:
-            _wait_for(lambda: seen[0] > 0)
+            wait_for(lambda: seen[0] > 0)
             for _ in range(2):
                 _point(link, artifacts / "grown")
                 status, body = admin.ask("POST", "/reload", b"")
@@ -400,7 +412,7 @@ def test_reload_under_load(servers: SimpleNamespace, artifacts: Path, model: DLR
                     status, body = admin.ask("POST", "/reload", b"")
                     assert status == 409 and reason in json.loads(body)["detail"], body
                 assert torch.allclose(admin.predict(dense, beyond), _answer(grown, dense, beyond), atol=1e-6)
-            _wait_for(lambda: seen[1] > 0)
+            wait_for(lambda: seen[1] > 0)
         finally:
             stop.set()
         for future in running:
@@ -436,7 +448,7 @@ def test_update_lasts_until_sighup(servers: SimpleNamespace, artifacts: Path, tm
     swapped = 'serve_reloads_total{outcome="swapped"}'
     before = admin.metrics()[swapped]
     admin.process.send_signal(signal.SIGHUP)
-    _wait_for(lambda: admin.metrics()[swapped] > before)
+    wait_for(lambda: admin.metrics()[swapped] > before)
     assert torch.allclose(admin.predict(dense, sparse), original, atol=1e-6)
 
 
@@ -456,9 +468,9 @@ def test_sigterm_answers_what_was_begun(server: _Server, model: DLRM) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         header = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: {_JSON}\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(header.encode() + body[:10])
-        time.sleep(0.3)
+        wait_for(lambda: _unread(connection.getsockname()[1], server.port) == 0)
         server.process.terminate()
-        time.sleep(0.3)
+        wait_for(lambda: not _listens(server.port))
         connection.sendall(body[10:])
         answer = http.client.HTTPResponse(connection)
         answer.begin()

@@ -14,7 +14,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 import torchrec_mpe as mpe
-from tests.distributed.ranks import run_on_ranks
+from tests.distributed.ranks import Ranks
 from torchrec_mpe.precision.from_frequencies import cut_precision
 
 ROWS, DIM = 25 << 15, 64
@@ -63,8 +63,8 @@ def _digest(emitted: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def test_no_process_holds_a_whole_table() -> None:
-    results = run_on_ranks(_sharded, 2)
+def test_no_process_holds_a_whole_table(two_ranks: Ranks) -> None:
+    results = two_ranks.run(_sharded)
     digest = _digest(mpe.emit_inference_model(_prepared("cpu")))
     for growth, of_rank in results:
         # 10 MiB are packed, the rest are pieces of 8 MiB and the frequency ranks of the rows.

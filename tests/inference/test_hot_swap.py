@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +42,7 @@ def model_of(version: int) -> nn.Module:
 
 
 @pytest.mark.supports("hot swap under load, no failed request", "CPU")
-def test_artifacts_are_swapped_and_updated_under_load(tmp_path: Path) -> None:
+def test_artifacts_are_swapped_and_updated_under_load(tmp_path: Path, stress_seconds: float) -> None:
     """Four threads ask, one swaps three artifacts in turn, one updates a row that they ask for."""
     features = kjt()
     row = {"t2": (torch.tensor([6]), torch.randn(1, 5, generator=torch.Generator().manual_seed(7)))}
@@ -57,7 +56,7 @@ def test_artifacts_are_swapped_and_updated_under_load(tmp_path: Path) -> None:
     assert len({tuple(embeddings.flatten().tolist()) for embeddings, _ in known}) == 6
     served = ServedModel(load(tmp_path / "0", EmbeddingsAndLogits(retrained())), probe=(features,))
     met: set[int] = set()
-    answers, swaps = [0], [0]
+    answers, swaps, answered = [0], [0], threading.Event()
 
     def ask() -> None:
         answer = served(features)
@@ -65,6 +64,7 @@ def test_artifacts_are_swapped_and_updated_under_load(tmp_path: Path) -> None:
         assert len(found) == 1, "an answer is of no version"
         met.add(found[0])
         answers[0] += 1
+        answered.set()
 
     def swap() -> None:
         swaps[0] += 1
@@ -73,10 +73,11 @@ def test_artifacts_are_swapped_and_updated_under_load(tmp_path: Path) -> None:
         assert served.swap(new).wait(30)
 
     def update() -> None:
-        time.sleep(0.005)  # so that there are answers of rows before the update
-        served.model.sparse["ebc"].apply_update(row)
+        if answered.wait(1.0):  # so that there are answers of rows before the update
+            answered.clear()
+            served.model.sparse["ebc"].apply_update(row)
 
-    repeat_in_threads([ask, ask, ask, ask, swap, update], 3.0)
+    repeat_in_threads([ask, ask, ask, ask, swap, update], stress_seconds)
     assert swaps[0] > 3 and answers[0] > 10 and len(met) > 3, (swaps, answers, met)
 
 

@@ -128,5 +128,5 @@ def test_importing_versions_imports_none_of_the_three() -> None:
 
 def test_the_installer_installs_the_tested_mix() -> None:
     script = (Path(__file__).parents[2] / "tools" / "install.sh").read_text()
-    pins = tuple(re.search(rf"^{name}=(\S+)$", script, re.MULTILINE)[1] for name in ("TORCH", "FBGEMM", "TORCHREC"))
+    pins = tuple(re.search(rf"\{{{name}:=([^}}]+)\}}", script)[1] for name in ("TORCH", "FBGEMM", "TORCHREC"))
     assert pins == versions.TESTED_MIX.run

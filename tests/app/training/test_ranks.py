@@ -47,9 +47,8 @@ def _on_a_rank() -> tuple[dict[str, float], list[list[float]]]:
     return result, [norm.running_mean.tolist(), norm.running_var.tolist()]
 
 
-def test_evaluation_and_running_statistics_of_all_ranks() -> None:
-    with Ranks(2) as ranks:
-        results = ranks.run(_on_a_rank)
+def test_evaluation_and_running_statistics_of_all_ranks(two_ranks: Ranks) -> None:
+    results = two_ranks.run(_on_a_rank)
     # Positives 0.5, 3, 0.25 against negatives -1, 2, 0.5, -2: 2.5 + 4 + 2 of 12 pairs won.
     losses = torch.tensor([0.474077, 0.313262, 2.126928, 0.974077, 0.048587, 0.126928, 0.575939])
     for result, statistics in results:

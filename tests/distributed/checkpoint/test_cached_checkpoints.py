@@ -1,6 +1,5 @@
 """Checkpoints of cached tables: training goes on bit for bit, and tables move to another sharding."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,9 +98,9 @@ SAME_SHARDING = [
 
 @pytest.mark.supports("checkpoints: cached tables, resumed bit for bit", "several ranks, gloo")
 @pytest.mark.parametrize("case", SAME_SHARDING, ids=str)
-def test_resumes_bit_for_bit(case: Case, saving_ranks: Ranks, fresh_ranks: Ranks, tmp_path: Path) -> None:
-    saved = saving_ranks.run(train_and_save, case, str(tmp_path))
-    fresh = fresh_ranks.run(load_and_train, case, str(tmp_path))
+def test_resumes_bit_for_bit(case: Case, two_ranks: Ranks, two_other_ranks: Ranks, tmp_path: Path) -> None:
+    saved = two_ranks.run(train_and_save, case, str(tmp_path))
+    fresh = two_other_ranks.run(load_and_train, case, str(tmp_path))
     assert sum(s.num_evictions for rank in saved for s in rank["end"]["statistics"].values()) > 100
     for rank, (want, found) in enumerate(zip(saved, fresh, strict=True)):
         assert_same(found["saved"], want["saved"], f"rank {rank}, after loading")
@@ -112,18 +111,6 @@ def test_resumes_bit_for_bit(case: Case, saving_ranks: Ranks, fresh_ranks: Ranks
                 np.testing.assert_array_equal(pooled[step], want["pooled"][step], err_msg=f"rank {rank}, step {step}")
         saved_and_end = zip(want["saved"]["rows"], want["end"]["rows"], strict=True)
         assert any(not np.array_equal(a, b) for (*_, a), (*_, b) in saved_and_end)
-
-
-@pytest.fixture(scope="module")
-def one_other_rank() -> Iterator[Ranks]:
-    with Ranks(1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def reshard(ways: list[tuple[Case, Case, str]]) -> list[dict[str, Any]]:
@@ -147,12 +134,12 @@ RESHARDINGS = [
 
 
 def test_moves_between_shardings_and_numbers_of_ranks(
-    saving_ranks: Ranks, fresh_ranks: Ranks, one_other_rank: Ranks, four_ranks: Ranks, tmp_path: Path
+    two_ranks: Ranks, two_other_ranks: Ranks, lone_rank: Ranks, four_ranks: Ranks, tmp_path: Path
 ) -> None:
     """With caches as large as the tables nothing is rounded after loading, so that training is the same everywhere."""
     ways = [(here, there, str(tmp_path / str(k))) for k, (here, there) in enumerate(RESHARDINGS)]
-    saved = saving_ranks.run(save_all, ways)
-    for ranks in (one_other_rank, fresh_ranks, four_ranks):
+    saved = two_ranks.run(save_all, ways)
+    for ranks in (lone_rank, two_other_ranks, four_ranks):
         loaded = ranks.run(reshard, ways)
         for k, (here, there, _) in enumerate(ways):
             before, found = (whole([rank[k]["saved"]["rows"] for rank in by_rank], here) for by_rank in (saved, loaded))
@@ -214,9 +201,9 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("saved", "loaded", "message"), REFUSED, ids=lambda value: "" if isinstance(value, Case) else value
 )
-def test_refusals(saved: Case, loaded: Case, message: str, saving_ranks: Ranks, tmp_path: Path) -> None:
-    saving_ranks.run(save, saved, str(tmp_path))
-    for said in saving_ranks.run(what_is_said, loaded, str(tmp_path)):
+def test_refusals(saved: Case, loaded: Case, message: str, two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(save, saved, str(tmp_path))
+    for said in two_ranks.run(what_is_said, loaded, str(tmp_path)):
         assert message in said
 
 
@@ -224,10 +211,10 @@ def said_of(case: Case, folder: str, choice: Any) -> str:
     return what_is_said(case, folder, optimizer_state=choice)
 
 
-def test_state_of_another_size_is_refused_in_any_case(saving_ranks: Ranks, tmp_path: Path) -> None:
-    saving_ranks.run(save, Case((TW,)), str(tmp_path))
+def test_state_of_another_size_is_refused_in_any_case(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(save, Case((TW,)), str(tmp_path))
     for choice in (False, "where possible"):
-        for said in saving_ranks.run(said_of, Case((TW,), optimizer=SGD), str(tmp_path), choice):
+        for said in two_ranks.run(said_of, Case((TW,), optimizer=SGD), str(tmp_path), choice):
             assert "0 bytes a row here (exact_sgd with no state) and 1 when saved" in said
             assert "cannot be loaded, with any optimizer_state" in said
 
@@ -256,16 +243,16 @@ def states_are_empty(case: Case, folder: str) -> bool:
     return not any(t[:, -4:].any() for t in stored)
 
 
-def test_state_of_another_optimizer_is_not_taken_for_its_own(saving_ranks: Ranks, tmp_path: Path) -> None:
+def test_state_of_another_optimizer_is_not_taken_for_its_own(two_ranks: Ranks, tmp_path: Path) -> None:
     here, there = (
         Case((TW,), optimizer=optimizer, cache=replace(SMALL, optimizer_state_dtype=dtype))
         for optimizer, dtype in ((ROWWISE, "fp32"), (ADAGRAD, "ue6m2"))
     )
-    saving_ranks.run(narrow, save, here, str(tmp_path))
-    for said in saving_ranks.run(narrow, said_of, there, str(tmp_path), True):
+    two_ranks.run(narrow, save, here, str(tmp_path))
+    for said in two_ranks.run(narrow, said_of, there, str(tmp_path), True):
         for reason in ("t0.weight: ", "exact_row_wise_adagrad with 1 of fp32", "exact_adagrad with 4 of ue6m2"):
             assert reason in said
-    assert all(saving_ranks.run(narrow, states_are_empty, there, str(tmp_path)))
+    assert all(two_ranks.run(narrow, states_are_empty, there, str(tmp_path)))
 
 
 def turned_counts(case: Case) -> dict[str, Tensor]:
@@ -278,9 +265,9 @@ def said_under_another_plan(case: Case, folder: str) -> str:
         return what_is_said(case, folder)
 
 
-def test_another_precision_plan_is_refused(saving_ranks: Ranks, tmp_path: Path) -> None:
-    saving_ranks.run(save, MIXED, str(tmp_path))
-    for said in saving_ranks.run(said_under_another_plan, replace(MIXED, sharding=(RW,)), str(tmp_path)):
+def test_another_precision_plan_is_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(save, MIXED, str(tmp_path))
+    for said in two_ranks.run(said_under_another_plan, replace(MIXED, sharding=(RW,)), str(tmp_path)):
         assert "t0.weight stores other rows in 8 bits here than when saved: give" in said and "precision plan" in said
 
 
@@ -306,8 +293,8 @@ def load_with_a_loss_alive(case: Case, folder: str) -> None:
     assert_same(state(model), saved, "after loading")
 
 
-def test_nothing_is_loaded_while_a_batch_is_in_flight(saving_ranks: Ranks, tmp_path: Path) -> None:
-    saving_ranks.run(load_with_a_loss_alive, Case((TW,)), str(tmp_path))
+def test_nothing_is_loaded_while_a_batch_is_in_flight(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(load_with_a_loss_alive, Case((TW,)), str(tmp_path))
 
 
 def without_optimizer_state(case: Case, folder: str) -> list[bool]:
@@ -321,9 +308,9 @@ def without_optimizer_state(case: Case, folder: str) -> list[bool]:
     return [*fresh, *(not t[:, -1].any() for p in model.module.ebc.cached_shards() for t in p.stored().values())]
 
 
-def test_optimizer_state_may_be_left_out(saving_ranks: Ranks, tmp_path: Path) -> None:
-    saving_ranks.run(save, Case((RW,)), str(tmp_path))
-    for empty in saving_ranks.run(without_optimizer_state, Case((TW,)), str(tmp_path)):
+def test_optimizer_state_may_be_left_out(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(save, Case((RW,)), str(tmp_path))
+    for empty in two_ranks.run(without_optimizer_state, Case((TW,)), str(tmp_path)):
         assert empty and all(empty)
 
 
@@ -366,14 +353,14 @@ def search_and_resume(case: Case, folder: str) -> None:
     assert_same(state(fresh), state(model), "after going on")
 
 
-def test_a_search_resumes_bit_for_bit(saving_ranks: Ranks, tmp_path: Path) -> None:
+def test_a_search_resumes_bit_for_bit(two_ranks: Ranks, tmp_path: Path) -> None:
     cache = mpe.CacheConfig(bits=8, load_factor=0.1)
-    saving_ranks.run(search_and_resume, Case((RW, CW, TW, TW), cache=cache), str(tmp_path))
+    two_ranks.run(search_and_resume, Case((RW, CW, TW, TW), cache=cache), str(tmp_path))
 
 
-def test_an_unsharded_model_cannot_load_stores(saving_ranks: Ranks, tmp_path: Path) -> None:
+def test_an_unsharded_model_cannot_load_stores(two_ranks: Ranks, tmp_path: Path) -> None:
     case = Case((TW,))
-    saving_ranks.run(save, case, str(tmp_path))
+    two_ranks.run(save, case, str(tmp_path))
     checkpoints = mpe.Checkpoints(str(tmp_path))
     found = checkpoints.newest()
     assert found is not None

@@ -74,9 +74,9 @@ def save_while_training(folder: str) -> list[Any]:
 
 
 def test_training_goes_on_during_a_save_and_does_not_leak_into_it(
-    tmp_path: Path, saving_ranks: Ranks, one_rank: None
+    tmp_path: Path, two_ranks: Ranks, one_rank: None
 ) -> None:
-    by_rank = saving_ranks.run(save_while_training, str(tmp_path))
+    by_rank = two_ranks.run(save_while_training, str(tmp_path))
     assert all(unfinished for _, unfinished, _, _ in by_rank), "the save must return before anything is written"
     assert all(np.isfinite(losses).all() and newest == 4 for _, _, losses, newest in by_rank)
     checkpoints = mpe.Checkpoints(tmp_path)
@@ -128,8 +128,8 @@ def save_with_failures(folder: str) -> list[str]:
     return said
 
 
-def test_a_rank_that_cannot_write_is_told_on_all_and_costs_only_that_save(tmp_path: Path, saving_ranks: Ranks) -> None:
-    for said in saving_ranks.run(save_with_failures, str(tmp_path)):
+def test_a_rank_that_cannot_write_is_told_on_all_and_costs_only_that_save(tmp_path: Path, two_ranks: Ranks) -> None:
+    for said in two_ranks.run(save_with_failures, str(tmp_path)):
         for message in (said[0], said[4]):
             assert message.startswith("the checkpoint of step 2 could not be written: rank 0: ")
             assert "no space left on device (on rank 1)" in message
@@ -153,8 +153,8 @@ def refused_on_one_rank(folder: str) -> str:
     return ""
 
 
-def test_a_mistake_of_one_rank_ends_the_save_on_all(tmp_path: Path, saving_ranks: Ranks) -> None:
-    said = saving_ranks.run(refused_on_one_rank, str(tmp_path))
+def test_a_mistake_of_one_rank_ends_the_save_on_all(tmp_path: Path, two_ranks: Ranks) -> None:
+    said = two_ranks.run(refused_on_one_rank, str(tmp_path))
     assert said[0].startswith("RuntimeError: rank 1 failed: ValueError: the optimizer has a parameter of shape (3,)")
     assert said[1].startswith("ValueError: the optimizer has a parameter of shape (3,)")
     assert entries(tmp_path) == []

@@ -57,20 +57,20 @@ MOVED = [
 
 
 @pytest.fixture(scope="module")
-def saved(saving_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[Run, tuple[str, list[dict[str, Any]]]]:
+def saved(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[Run, tuple[str, list[dict[str, Any]]]]:
     """Every run on two ranks, in one go."""
     runs = list(dict.fromkeys([*RESUMED, *(before for before, _, _ in MOVED)]))
     folders = {run: str(tmp_path_factory.mktemp("checkpoints")) for run in runs}
-    by_rank = saving_ranks.run(train_and_save, [(folders[run], run) for run in runs], AT, UNTIL)
+    by_rank = two_ranks.run(train_and_save, [(folders[run], run) for run in runs], AT, UNTIL)
     return {run: (folders[run], [results[k] for results in by_rank]) for k, run in enumerate(runs)}
 
 
 @pytest.fixture(scope="module")
-def resumed(saved: dict[Run, Any], fresh_ranks: Ranks) -> dict[Run, list[dict[str, Any]]]:
+def resumed(saved: dict[Run, Any], two_other_ranks: Ranks) -> dict[Run, list[dict[str, Any]]]:
     def retrain(run: Run) -> Run:
         return replace(run, phase="retrain") if run.phase == "retrain in place" else run
 
-    by_rank = fresh_ranks.run(load_and_train, [(saved[run][0], retrain(run), True) for run in RESUMED], AT, UNTIL)
+    by_rank = two_other_ranks.run(load_and_train, [(saved[run][0], retrain(run), True) for run in RESUMED], AT, UNTIL)
     return {run: [results[k] for results in by_rank] for k, run in enumerate(RESUMED)}
 
 
@@ -143,12 +143,12 @@ def test_two_ranks_load_into_one(before: Run, after: Run, movable: bool, saved: 
                 np.testing.assert_array_equal(values, fused[table], err_msg=table)
 
 
-def test_one_rank_loads_into_two(tmp_path: Path, fresh_ranks: Ranks, one_rank: None) -> None:
+def test_one_rank_loads_into_two(tmp_path: Path, two_other_ranks: Ranks, one_rank: None) -> None:
     pairs = [(Run("search", (RW,)), Run("search", (TW,))), (Run("retrain", (TW,)), Run("retrain", (RW, TW, RW)))]
     folders = [str(tmp_path / str(k)) for k in range(len(pairs))]
     alone = train_and_save([(folder, before) for folder, (before, _) in zip(folders, pairs, strict=True)], AT, AT)
     cases = [(folder, after, True) for folder, (_, after) in zip(folders, pairs, strict=True)]
-    by_rank = fresh_ranks.run(load_and_train, cases, AT, AT + 1)
+    by_rank = two_other_ranks.run(load_and_train, cases, AT, AT + 1)
     for k, (before, after) in enumerate(pairs):
         check_moved(before, after, [alone[k]["saved"]], [results[k]["saved"] for results in by_rank])
         generators = [results[k]["saved"]["rng"] for results in by_rank]

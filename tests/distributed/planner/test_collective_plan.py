@@ -11,7 +11,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 import torchrec_mpe as mpe
-from tests.distributed.ranks import run_on_ranks
+from tests.distributed.ranks import Ranks
 
 
 def _planned(rows: int, **constraint: Any) -> tuple[str, Any]:
@@ -35,8 +35,8 @@ def planned() -> list[tuple[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[list[tuple[str, Any]]]:
-    return run_on_ranks(planned, 2)
+def by_rank(two_ranks: Ranks) -> list[list[tuple[str, Any]]]:
+    return two_ranks.run(planned)
 
 
 def test_all_ranks_have_the_same_plan(by_rank: list[Any]) -> None:

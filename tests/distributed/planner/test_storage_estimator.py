@@ -1,6 +1,5 @@
 """The storage estimate against the memory of real sharded training steps."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,6 @@ from torchrec_mpe.distributed.planner.lookups import distinct_rows
 from torchrec_mpe.distributed.planner.optimizer_state import state_bytes_per_row
 
 EXACT = ("rows", "store", "cache", "spill", "optimizer_state", "directory", "row_map", "frequency_ranks")
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

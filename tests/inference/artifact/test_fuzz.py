@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import torchrec_mpe as mpe
-from tests.inference.conftest import FUZZ_SECONDS, FUZZ_SEED
 from tests.inference.liars import TABLES, emitted
 from tests.inference.models import kjt
 from tests.ops.every_backend import CPU, on
@@ -195,8 +194,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Files]:
 
 @pytest.mark.timeout(0)  # the option says how long
 def test_fuzz(artifacts: list[Files], tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    seconds = request.config.getoption("--fuzz-seconds", FUZZ_SECONDS)
-    first = seed = request.config.getoption("--fuzz-seed", FUZZ_SEED)
+    seconds = request.config.getoption("--fuzz-seconds")
+    first = seed = request.config.getoption("--fuzz-seed")
     started, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = dict.fromkeys(("loaded", "refused", "lookup refused"), 0)
     while time.monotonic() - started < seconds:

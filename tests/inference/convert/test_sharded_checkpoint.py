@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.distributed.equality import CW, RW, TW, Case, enter, prepared_model, shard
-from tests.distributed.ranks import run_on_ranks
+from tests.distributed.ranks import Ranks
 from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.inference.convert.checkpoint_files import open_checkpoint
 from torchrec_mpe.inference.convert.checkpoint_tables import find_tables
@@ -30,8 +30,8 @@ def save(folder: str) -> list[tuple[str, int, int, np.ndarray[Any, Any]]]:
     ]
 
 
-def test_shards_are_put_together(tmp_path: Path) -> None:
-    shards = [shard for rank in run_on_ranks(save, 2, str(tmp_path / "dcp")) for shard in rank]
+def test_shards_are_put_together(two_ranks: Ranks, tmp_path: Path) -> None:
+    shards = [shard for rank in two_ranks.run(save, str(tmp_path / "dcp")) for shard in rank]
     assert len({name for name, *_ in shards}) == 4 < len(shards)
     files = open_checkpoint(tmp_path / "dcp", allow_pickle=True)
     for table in find_tables(files):

@@ -144,7 +144,7 @@ def test_without_python(compiled: Compiled, serve: Path, tmp_path: Path) -> None
 
 MAPPED = """
 import sys
-from torchrec_mpe.inference import load_exported
+from torchrec_mpe import load_exported
 import torch
 model, inputs = load_exported(sys.argv[1]), torch.load(sys.argv[2])
 model(*inputs)
