@@ -39,18 +39,6 @@ UNSTABLE_ATTRIBUTES = frozenset(
         "weights_physical_offsets",
     )
 )
-# Not yet moved behind upstream/: to be emptied.
-NOT_YET_MOVED = frozenset(
-    (
-        "distributed/cached_embedding_kernel.py",
-        "distributed/cached_embeddingbag.py",
-        "distributed/embeddingbag.py",
-        "distributed/phases.py",
-        "distributed/quantized_forward.py",
-        "inference/agreement.py",
-        "inference/emit.py",
-    )
-)
 
 _REMEDY = "wrap it in torchrec_mpe/upstream/ under a name that says what it is needed for"
 _PUBLIC = frozenset(("_replace", "_fields", "_asdict", "_make", "_exit", "_"))  # of the standard library's documents
@@ -278,7 +266,7 @@ def findings(package: Path) -> list[str]:
     lines: list[str] = []
     for path in sorted(package.rglob("*.py")):
         inside = path.relative_to(package)
-        if inside.parts[0] == "upstream" or str(inside) in NOT_YET_MOVED:
+        if inside.parts[0] == "upstream":
             continue
         parts = inside.with_suffix("").parts
         module = ".".join((package.name, *(parts[:-1] if parts[-1] == "__init__" else parts)))

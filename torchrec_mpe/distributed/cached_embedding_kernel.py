@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec.distributed.embedding_types import (
     EmbeddingComputeKernel,
@@ -21,6 +20,7 @@ from torchrec_mpe.cache.config import CacheConfig
 from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.distributed.row_shard import shard_offsets
 from torchrec_mpe.upstream.pooled_lookup import OwnEmbeddingKernel
+from torchrec_mpe.upstream.tbe import BoundsCheckMode
 
 CACHED_KERNEL = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
@@ -26,6 +25,7 @@ from torchrec_mpe.modules.row_quantizer import RowQuantizer
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.pooled_lookup import EmbeddingKernel
 from torchrec_mpe.upstream.sharded_embeddingbag import OpenShardedEmbeddingBagCollection
+from torchrec_mpe.upstream.tbe import SplitTableBatchedEmbeddingBagsCodegen, set_steps
 
 # Kernels whose rows can be had unpooled, in the order of preference on a GPU.
 QUANTIZED_KERNELS = tuple(
@@ -287,9 +287,7 @@ def _clear_fused_optimizer(tbe: nn.Module) -> None:
         for state in states:
             state.zero_()
     tbe.reset_cache_states()  # without a flush: cached rows are those from before
-    tbe.set_optimizer_step(0)
-    if hasattr(tbe, "iter_cpu"):  # newer FBGEMM counts on the host as well
-        tbe.iter_cpu.zero_()
+    set_steps(tbe, 0)
 
 
 class MPEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):

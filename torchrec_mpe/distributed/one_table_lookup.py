@@ -4,14 +4,18 @@ import copy
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
 from torchrec_mpe.ops.quantized_embedding_bag import row_numbers, unique_ids
 from torchrec_mpe.upstream.fused_optimizers import traits_of
 from torchrec_mpe.upstream.modules import replace_buffers
-from torchrec_mpe.upstream.tbe import buffers_as_one_table, lies_like_one_table
+from torchrec_mpe.upstream.tbe import (
+    BoundsCheckMode,
+    PoolingMode,
+    SplitTableBatchedEmbeddingBagsCodegen,
+    buffers_as_one_table,
+    lies_like_one_table,
+)
 
 _MAX_ROWS = 2**31 - 2  # FBGEMM sorts row numbers as int32
 

@@ -2,12 +2,10 @@
 
 import copy
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
@@ -16,6 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_mpe.upstream.pooled_lookup import PooledLookup, configs_of_ranks, without_data_parallel
+from torchrec_mpe.upstream.tbe import steps_kept
 
 _ROWS_OVER_RANKS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 
@@ -131,7 +130,7 @@ class OpenShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for name, dim in self._embeddings()
         ]
         context.divisor = torch.cat(divisors, dim=1)
-        with _steps_kept([kernel.emb_module for lookup in self.lookups() for kernel in lookup.kernels]):
+        with steps_kept([kernel.emb_module for lookup in self.lookups() for kernel in lookup.kernels]):
             inputs = KJTListSplitsAwaitable(parts, context).wait().wait()
             # TorchRec's own: subclasses may count lookups.
             pooled: KeyedTensor = ShardedEmbeddingBagCollection.compute_and_output_dist(self, context, inputs).wait()
@@ -176,23 +175,3 @@ class OpenShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 info.embedding_config.embedding_names, info.embedding_config.feature_names, strict=True
             )
         }
-
-
-@contextmanager
-def _steps_kept(tbes: list[nn.Module]) -> Iterator[None]:
-    """Let TBEs count on as if there had been no forward."""
-    counters: list[tuple[Tensor, Tensor]] = []
-    steps: list[tuple[nn.Module, int]] = []
-    for tbe in tbes:
-        for name in ("iter", "iter_cpu"):
-            if isinstance(counter := getattr(tbe, name, None), Tensor):
-                counters.append((counter, counter.clone()))
-        if isinstance(step := getattr(tbe, "step", None), int):
-            steps.append((tbe, step))
-    try:
-        yield
-    finally:
-        for counter, before in counters:
-            counter.copy_(before)
-        for tbe, step in steps:
-            setattr(tbe, "step", step)  # noqa: B010  (a Module's attributes are tensors and modules to mypy)

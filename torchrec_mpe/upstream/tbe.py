@@ -1,10 +1,16 @@
 """Counters and memory of FBGEMM's training TBE that its interface does not hand out."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode as BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode as PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen as SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
 
 _PROGRESS = ("iter", "iter_cpu", "learning_rate_tensor")
 _PER_ROW_COUNTERS = ("prev_iter", "row_counter")
@@ -15,6 +21,26 @@ def set_steps(tbe: SplitTableBatchedEmbeddingBagsCodegen, steps: int) -> None:
     tbe.set_optimizer_step(steps)
     if hasattr(tbe, "iter_cpu"):
         tbe.iter_cpu.fill_(steps)
+
+
+@contextmanager
+def steps_kept(tbes: Iterable[nn.Module]) -> Iterator[None]:
+    """Let TBEs, which count every forward, and modules like them go on as if there had been none."""
+    counters: list[tuple[Tensor, Tensor]] = []
+    steps: list[tuple[nn.Module, int]] = []
+    for tbe in tbes:
+        for name in ("iter", "iter_cpu"):
+            if isinstance(counter := getattr(tbe, name, None), Tensor):
+                counters.append((counter, counter.clone()))
+        if isinstance(step := getattr(tbe, "step", None), int):
+            steps.append((tbe, step))
+    try:
+        yield
+    finally:
+        for counter, before in counters:
+            counter.copy_(before)
+        for tbe, step in steps:
+            setattr(tbe, "step", step)  # noqa: B010  (a Module's attributes are tensors and modules to mypy)
 
 
 def copy_progress(old: SplitTableBatchedEmbeddingBagsCodegen, new: SplitTableBatchedEmbeddingBagsCodegen) -> None:
