@@ -145,7 +145,7 @@ def sample(job: Job, searched: Trained) -> PrecisionPlan:
     """The bit-widths that a search came to.
 
     Raises:
-        UserError: if all of them are 0.
+        UserError: if a probability is not a number.
     """
     try:
         return sample_precision(searched.model)
