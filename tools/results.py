@@ -53,7 +53,7 @@ FIGURES: Mapping[str, Callable[[Any], Figures]] = {
 PAGES = ("docs/results.md", "README.md", "docs/cache.md", "docs/scaling.md", "docs/serving.md")
 _FIGURE = re.compile(r"\{\{ (\w+): (.*?) \}\}")
 _BLOCK = re.compile(r"(<!-- results: (?!end)(\w+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
-_PROSE = re.compile(r"[A-Za-z`\"]")
+_PROSE = re.compile(r"[A-Za-z`\"]|- ")
 _CODE = re.compile(r"`[^`]*`")
 _GENERATED = "<!-- Written by tools/results.py from benchmarks/results and tools/result_pages/results.md. -->\n"
 
@@ -89,10 +89,16 @@ def fill(text: str) -> str:
 
 
 def _wrap(paragraph: str) -> str:
-    """Lines of 120 characters; what stands in backquotes stays on one."""
+    """Lines of 120 characters, items of a list with an indent; what stands in backquotes stays on one."""
     kept = _CODE.sub(lambda code: code[0].replace("\n", " ").replace(" ", "\0"), paragraph)
-    lines = textwrap.fill(kept, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
-    return lines + "\n" * paragraph.endswith("\n")
+    lines = [
+        textwrap.fill(
+            " ".join(item.split()), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        for item in kept.rstrip("\n").replace("\n- ", "\n\n- ").split("\n\n")
+        for indent in ("  " if item.startswith("- ") else "",)
+    ]
+    return "\n".join(lines).replace("\0", " ") + "\n" * paragraph.endswith("\n")
 
 
 def rendered(page: str, current: str) -> str:

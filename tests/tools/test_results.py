@@ -115,5 +115,10 @@ def test_code_is_not_broken_over_lines(tool: ModuleType) -> None:
     assert max(map(len, filled.splitlines())) <= 120
 
 
+def test_items_of_a_list_are_wrapped_with_an_indent(tool: ModuleType) -> None:
+    filled = tool.fill(f"- one\n  and\n- {'two ' * 40}\n")
+    assert filled.splitlines() == ["- one and", "- " + " ".join(["two"] * 29), "  " + " ".join(["two"] * 11)]
+
+
 def test_the_readme_is_short() -> None:
     assert len((_ROOT / "README.md").read_text().splitlines()) <= 150
