@@ -1,6 +1,6 @@
 # Everything a user or CI runs. `make setup` makes .venv once; the other targets do it by themselves.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Extra arguments for pip where torch is installed, such as --index-url for a CPU-only build of torch.
@@ -21,14 +21,14 @@ FUZZ_SEED ?= 1
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test test-cpp bench docs lint format clean
+.PHONY: setup demo test test-newest test-cpp bench docs lint format clean
 
 KERNELS := $(wildcard kernels/cpu/*)
 
 setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml tools/install.sh
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or set PYTHON=/path/to/python"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; install one, or set PYTHON=/path/to/python"; exit 2; }
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" bash tools/install.sh
 	@touch $@
 
@@ -46,6 +46,27 @@ demo: setup
 
 test: setup test-cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations 20 --durations-min 1 $(TEST_ARGS)
+
+# The newest releases of torch, fbgemm and torchrec, in a virtual environment of their own: 5.5 GB, for there torch is a
+# CUDA build unless TORCH_PIP_ARGS names another. The operators are built in a copy, beside those of .venv.
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/upstream tests/ops tests/modules tests/inference tests/distributed/test_embeddingbag.py
+NEWEST_COPY := build/newest
+
+$(NEWEST)/.installed: pyproject.toml tools/install.sh
+	@PYTHON="$(PYTHON)" VENV="$(NEWEST)" TORCH=2.14.1 FBGEMM=1.9.0 TORCHREC=1.9.2 bash tools/install.sh
+	@touch $@
+
+test-newest: $(NEWEST)/.installed
+	@mkdir -p $(NEWEST_COPY)
+	@cd $(NEWEST_COPY) && rm -rf kernels tests torchrec_mpe
+	@cp -Rp Makefile README.md LICENSE pyproject.toml setup.py MANIFEST.in .gitignore \
+		benchmarks docs examples kernels tests tools torchrec_mpe $(NEWEST_COPY)
+	@rm -f $(NEWEST_COPY)/torchrec_mpe/ops/*.so
+	cd $(NEWEST_COPY) && PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" python setup.py -q build_ext --inplace 2>build-operators.log \
+		|| { tail -n 30 build-operators.log >&2; exit 2; }
+	cd $(NEWEST_COPY) && OMP_NUM_THREADS=1 PYTHONPATH="$$PWD" $(CURDIR)/$(NEWEST)/bin/python -m pytest \
+		-n $(TEST_WORKERS) $(TEST_ARGS) $(NEWEST_TESTS)
 
 # C++ tests of the CPU kernels under AddressSanitizer, and of what several threads do under ThreadSanitizer as well.
 # They need a C++ compiler and nothing else.
@@ -152,4 +173,6 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output torchrec_mpe/ops/*.so
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info demo-output torchrec_mpe/ops/*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find benchmarks examples tests tools torchrec_mpe -name __pycache__ -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -29,7 +30,8 @@ def torch_extension() -> dict[str, object]:
     except ImportError as error:
         sys.exit(
             f"error: the C++ operators are built against the installed torch, and there is none ({error}): install "
-            "torch, fbgemm and torchrec first (README, Install), then this package"
+            "torch, fbgemm and torchrec first (docs/install.md), then this package with `pip install "
+            "--no-build-isolation .`, which builds with that torch"
         )
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
@@ -53,4 +55,11 @@ def torch_extension() -> dict[str, object]:
     }
 
 
-setup(**torch_extension())
+def long_description() -> dict[str, str]:
+    """README for a package index: links to files of the repository would lead nowhere there, and become their text."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+    return {"long_description": text, "long_description_content_type": "text/markdown"}
+
+
+setup(**torch_extension(), **long_description())

@@ -1,9 +1,14 @@
 // Ops that are about the library itself. Every op file adds its own to the namespace torchrec_mpe.
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <string>
 
 #include "cpu_capability.h"
+
+// The release whose headers this was compiled with; library.py reads it from the file, before it loads the library.
+extern "C" __attribute__((used, visibility("default"))) const char torchrec_mpe_torch_version[] =
+    "torchrec_mpe was built for torch " TORCH_VERSION;
 
 namespace torchrec_mpe {
 namespace {

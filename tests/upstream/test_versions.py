@@ -1,5 +1,6 @@
 """Which mixes fit, and what is said about those that do not."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,11 +32,28 @@ def test_mixes_of_the_table_fit(torch: str, fbgemm: str, torchrec: str, build: s
     assert check_versions({"torch": torch, build: fbgemm, "torchrec": torchrec}) == []
 
 
-def test_only_the_tested_mix_was_run() -> None:
-    assert versions.was_run(TESTED)
-    assert not versions.was_run({**TESTED, "torch": "2.13.1+cpu"})
-    assert not versions.was_run({"torch": "2.14.0", "fbgemm-gpu": "1.9.0", "torchrec": "1.9.2"})
-    assert not versions.was_run({"torch": "2.13.0"})
+NEWEST = {"torch": "2.14.1+cu130", "fbgemm-gpu-cpu": "1.9.0", "torchrec": "1.9.2"}
+
+
+def test_the_mixes_that_were_run() -> None:
+    assert versions.mix_that_was_run(TESTED) is versions.TESTED_MIX
+    assert versions.mix_that_was_run(NEWEST) is versions.NEWEST_MIX is not versions.TESTED_MIX
+    assert versions.mix_that_was_run({**TESTED, "torch": "2.13.1+cpu"}) is None
+    assert versions.mix_that_was_run({"torch": "2.14.0", "fbgemm-gpu": "1.9.0", "torchrec": "1.9.2"}) is None
+    assert versions.mix_that_was_run({"torch": "2.13.0"}) is None
+    assert all(mix.tests for mix in versions.MIXES if mix.run is not None)
+
+
+def test_remedies_for_a_torch_that_no_fbgemm_serves_lead_to_one_mix() -> None:
+    """What `pip install torch torchrec fbgemm-gpu-cpu` gives: both builds of fbgemm, and a torch without any."""
+    installed = {"torch": "2.15.0", "fbgemm-gpu": "1.9.0", "fbgemm-gpu-cpu": "1.9.0", "torchrec": "1.9.2"}
+    builds, torch = version_problems(installed)
+    assert builds.remedy == "run pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu, before anything else"
+    assert "torch==2.14.1" in torch.remedy and "==1.9.0" in torch.remedy and "torchrec==1.9.2" in torch.remedy
+    assert versions.mix_to_install("2.15.0") is versions.NEWEST_MIX
+    assert versions.mix_to_install("2.12.0").torch == (2, 12) and versions.mix_to_install("?") is versions.TESTED_MIX
+    (cpu, torch) = version_problems({"torch": "2.15.0+cpu", "fbgemm-gpu": "1.9.0", "torchrec": "1.9.2"})
+    assert cpu.remedy == "run pip uninstall -y fbgemm-gpu" and "fbgemm-gpu-cpu==1.9.0" in torch.remedy
 
 
 def test_torch_without_fbgemm_is_told_in_words() -> None:
@@ -80,7 +98,7 @@ def test_nothing_installed_is_one_sentence() -> None:
 
 def test_missing_fbgemm_for_an_unknown_torch_offers_a_mix_that_exists() -> None:
     (problem,) = version_problems({"torch": "2.15.0+cpu"})
-    assert problem.missing and "1.9.*" in problem.remedy and "1.8" not in problem.remedy
+    assert problem.missing and "==1.9.0" in problem.remedy and "1.8" not in problem.remedy
 
 
 def test_misfit_warns_and_does_not_raise() -> None:
@@ -106,13 +124,21 @@ def test_cpu_torch_with_cuda_fbgemm() -> None:
     assert "is a CPU build, fbgemm-gpu is a CUDA build" in problem
 
 
-@pytest.mark.parametrize(("python", "fits"), [((3, 9), False), ((3, 10), True), ((3, 12), True), ((3, 13), False)])
+@pytest.mark.parametrize(("python", "fits"), [((3, 9), False), ((3, 10), True), ((3, 13), True), ((3, 14), False)])
 def test_python(python: tuple[int, int], fits: bool) -> None:
     assert (version_problems(TESTED, python) == []) == fits
 
 
 def test_unreadable_versions_are_left_alone() -> None:
     assert check_versions({"torch": "unknown", "fbgemm-gpu": "unknown", "torchrec": "unknown"}) == []
+
+
+def test_every_file_is_of_the_oldest_python() -> None:
+    """Syntax only: the tests run on one Python, the package promises several."""
+    root = Path(__file__).parents[2]
+    for folder in ("torchrec_mpe", "benchmarks", "examples", "tests", "tools"):
+        for file in (root / folder).rglob("*.py"):
+            ast.parse(file.read_text(encoding="utf-8"), str(file), feature_version=versions.OLDEST_PYTHON)
 
 
 def test_importing_versions_imports_none_of_the_three() -> None:
@@ -130,3 +156,5 @@ def test_the_installer_installs_the_tested_mix() -> None:
     script = (Path(__file__).parents[2] / "tools" / "install.sh").read_text()
     pins = tuple(re.search(rf"\{{{name}:=([^}}]+)\}}", script)[1] for name in ("TORCH", "FBGEMM", "TORCHREC"))
     assert pins == versions.TESTED_MIX.run
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert "TORCH={} FBGEMM={} TORCHREC={}".format(*versions.NEWEST_MIX.run) in makefile

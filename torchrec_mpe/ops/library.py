@@ -1,5 +1,7 @@
 """The compiled operators: loading them, and which CPU instruction set they use."""
 
+import mmap
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +9,31 @@ from pathlib import Path
 
 import torch
 
+from torchrec_mpe.upstream.versions import mix_release
+
 LIBRARY = Path(__file__).with_name("libtorchrec_mpe.so")
 """Loaded with ``torch.ops.load_library``, or ``dlopen`` in a C++ process: it registers ``torch.ops.torchrec_mpe``."""
 
 _BUILD = "build it with `pip install --no-build-isolation -e .` in a checkout, which takes g++ or clang++"
 
 
+def torch_built_for(library: Path) -> str | None:
+    """The torch release that a build of the library says it was built for."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(rb"torchrec_mpe was built for torch ([\w.+]+)", content)
+        return found[1].decode() if found else None
+
+
 def _load() -> str | None:
-    """Load the library; returns why it could not be."""
+    """Load the library; returns why it could not be.
+
+    Between releases of torch, (major, minor), layouts and symbols change: a library may load all the same, and crash.
+    """
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built"
+    built_for = torch_built_for(LIBRARY)
+    if built_for is not None and mix_release(built_for) != mix_release(torch.__version__):
+        return f"{LIBRARY.name} was built for torch {built_for}, and this is torch {torch.__version__}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -26,6 +43,10 @@ def _load() -> str | None:
 
 _problem = _load()
 _warned = False
+
+
+if _problem is not None and LIBRARY.exists():
+    warnings.warn(f"torchrec_mpe: {_problem}: {_BUILD}", RuntimeWarning, stacklevel=2)
 
 
 def is_loaded() -> bool:

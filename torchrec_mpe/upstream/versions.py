@@ -3,17 +3,19 @@
 Reads installed metadata only: it imports none of the three and touches no GPU.
 """
 
-import re
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
 __version__ = "0.1.0"
 
 OLDEST_PYTHON = (3, 10)
-NEWEST_PYTHON = (3, 12)
+NEWEST_PYTHON = (3, 13)
 TORCHREC_NEEDS = "tensordict torchmetrics==1.0.3 tqdm pyre-extensions iopath"
 
 FBGEMM_BUILDS = ("fbgemm-gpu", "fbgemm-gpu-cpu", "fbgemm-gpu-nightly", "fbgemm-gpu-nightly-cpu")
@@ -29,14 +31,16 @@ class Mix:
     """Releases that fit together, each (major, minor).
 
     Attributes:
-        run (Optional[tuple[str, str, str]]): the exact torch, fbgemm and torchrec that the tests were run with; None
-            when the mix is known from the version table only.
+        run (Optional[tuple[str, str, str]]): the exact torch, fbgemm and torchrec that tests were run with; None when
+            the mix is known from the version table only.
+        tests (str): which tests were run with them, and on which Python.
     """
 
     torch: tuple[int, int]
     fbgemm: tuple[int, int]
     torchrec: tuple[int, int]
     run: tuple[str, str, str] | None = None
+    tests: str = ""
 
     def __str__(self) -> str:
         return f"torch {_dotted(self.torch)}, fbgemm {_dotted(self.fbgemm)} and torchrec {_dotted(self.torchrec)}"
@@ -52,10 +56,14 @@ class Mix:
 MIXES = (
     Mix((2, 11), (1, 6), (1, 6)),
     Mix((2, 12), (1, 7), (1, 7)),
-    Mix((2, 13), (1, 8), (1, 8), run=("2.13.0", "1.8.0", "1.8.0")),
-    Mix((2, 14), (1, 9), (1, 9)),
-)
+    Mix((2, 13), (1, 8), (1, 8), run=("2.13.0", "1.8.0", "1.8.0"), tests="all tests, on Python 3.11 and a CPU"),
+    Mix(
+        (2, 14), (1, 9), (1, 9), run=("2.14.1", "1.9.0", "1.9.2"),
+        tests="operators built and loaded on Python 3.13 and a CPU; `make test-newest` tests them",
+    ),
+)  # fmt: skip
 TESTED_MIX = next(mix for mix in MIXES if mix.run is not None)
+NEWEST_MIX = next(mix for mix in reversed(MIXES) if mix.run is not None)
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,20 @@ def _dotted(release: tuple[int, ...]) -> str:
 
 
 def parse_release(version: str) -> tuple[int, ...] | None:
-    """The leading numbers of a version: ``"2.13.0+cpu"`` gives (2, 13, 0); None when there are fewer than two.
+    """The numbers of a version: ``"2.13.0+cpu"`` gives (2, 13, 0); None when there are fewer than two.
 
     Pre-releases count as their release, so ``"2.15.0.dev20260101"`` gives (2, 15, 0).
     """
-    numbers = re.match(r"\s*v?(\d+(?:\.\d+)+)", version)
-    return tuple(int(number) for number in numbers[1].split(".")) if numbers else None
+    try:
+        release = Version(version).release
+    except InvalidVersion:
+        return None
+    return release if len(release) > 1 else None
+
+
+def mix_release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version, by which mixes are told apart; empty if it cannot be read."""
+    return (parse_release(version) or ())[:2]
 
 
 def installed_versions() -> dict[str, str]:
@@ -108,17 +124,22 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def mix_to_install(version: str) -> Mix:
+    """The mix to install on a torch: its own; the newest that was run for a torch that no fbgemm serves yet."""
+    unknown = _unknown_torch(version)
+    return unknown[1] if unknown is not None else mix_for_torch(version) or TESTED_MIX
+
+
 def mix_for_torch(version: str) -> Mix | None:
     """The mix of a torch version, by its major and minor numbers; None when the table has none."""
     release = parse_release(version)
     return next((mix for mix in MIXES if release is not None and mix.torch == release[:2]), None)
 
 
-def was_run(installed: Mapping[str, str]) -> bool:
-    """Whether exactly these three releases are the ones the tests were run with; local labels (+cpu) do not count."""
-    names = _names(installed)
-    wanted = [parse_release(version) for version in TESTED_MIX.run or ()]
-    return None not in names and [parse_release(installed[name]) for name in names if name is not None] == wanted
+def mix_that_was_run(installed: Mapping[str, str]) -> Mix | None:
+    """The mix whose tests were run with exactly these three releases; local labels (+cpu) do not count."""
+    found = [parse_release(installed[name]) for name in _names(installed) if name is not None]
+    return next((mix for mix in MIXES if mix.run is not None and found == [*map(parse_release, mix.run)]), None)
 
 
 def install_command(
@@ -168,7 +189,7 @@ def _unknown_torch(version: str) -> tuple[str, Mix] | None:
     if release is None or mix_for_torch(version) is not None:
         return None
     if release[:2] > MIXES[-1].torch:
-        return f"there is no fbgemm for torch {_dotted(release[:2])} yet, as far as this version knows", MIXES[-1]
+        return f"there is no fbgemm for torch {_dotted(release[:2])} yet, as far as this version knows", NEWEST_MIX
     return f"torch {_dotted(release[:2])} is older than {_dotted(MIXES[0].torch)}, the oldest that fits", TESTED_MIX
 
 
@@ -226,7 +247,7 @@ def version_problems(
         python (Optional[tuple[int, int]]): the running Python by default.
     """
     given = installed_versions() if installed is None else installed
-    installed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in given.items()}
+    installed = {canonicalize_name(name): version for name, version in given.items()}
     python = python or (sys.version_info[0], sys.version_info[1])
     problems = []
     if not OLDEST_PYTHON <= python <= NEWEST_PYTHON:
@@ -236,28 +257,33 @@ def version_problems(
                 f"make a virtual environment with Python {_dotted(NEWEST_PYTHON)}",
             )
         )
+    builds = [name for name in FBGEMM_BUILDS + FBGEMM_GENAI_BUILDS if name in installed]
+    if len(builds) > 1:
+        # Where torch has to change as well, its remedy installs fbgemm.
+        unknown = _unknown_torch(installed.get("torch", ""))
+        mix = mix_for_torch(installed.get("torch", "")) or TESTED_MIX
+        again = "" if unknown else f" && {install_command(mix, is_cpu_build(installed), ('fbgemm',))}"
+        first = ", before anything else" if unknown else ""
+        problems.append(
+            VersionProblem(
+                f"{' and '.join(builds)} are both installed and overwrite each other's files",
+                f"run pip uninstall -y {' '.join(builds)}{again}{first}",
+            )
+        )
+    elif "fbgemm-gpu" in installed and "+cpu" in installed.get("torch", ""):
+        unknown = _unknown_torch(installed["torch"])
+        mix = mix_for_torch(installed["torch"]) or TESTED_MIX
+        again = "" if unknown else f" && {install_command(mix, True, ('fbgemm',))}"
+        problems.append(
+            VersionProblem(
+                f"torch {installed['torch']} is a CPU build, fbgemm-gpu is a CUDA build",
+                f"run pip uninstall -y fbgemm-gpu{again}",
+            )
+        )
     if (missing := _missing(installed)) is not None:
         problems.append(missing)
     if (misfit := _misfit(installed)) is not None:
         problems.append(misfit)
-    builds = [name for name in FBGEMM_BUILDS + FBGEMM_GENAI_BUILDS if name in installed]
-    if len(builds) > 1:
-        mix = mix_for_torch(installed.get("torch", "")) or TESTED_MIX
-        again = install_command(mix, is_cpu_build(installed), ("fbgemm",))
-        problems.append(
-            VersionProblem(
-                f"{' and '.join(builds)} are both installed and overwrite each other's files",
-                f"run pip uninstall -y {' '.join(builds)} && {again}",
-            )
-        )
-    elif "fbgemm-gpu" in installed and "+cpu" in installed.get("torch", ""):
-        mix = mix_for_torch(installed["torch"]) or TESTED_MIX
-        problems.append(
-            VersionProblem(
-                f"torch {installed['torch']} is a CPU build, fbgemm-gpu is a CUDA build",
-                f"run pip uninstall -y fbgemm-gpu && {install_command(mix, True, ('fbgemm',))}",
-            )
-        )
     return problems
 
 

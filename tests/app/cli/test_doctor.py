@@ -47,7 +47,7 @@ def test_this_machine() -> None:
 def test_good_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     code, found, text = examine(monkeypatch, TESTED)
     assert code == 0 and found["ok"] and found["problems"] == []
-    assert found["sections"]["Versions"]["mix"].startswith("fits: the tests were run")
+    assert found["sections"]["Versions"]["mix"].startswith("fits: run with exactly these releases, all tests")
     assert any("pip check" in note for note in found["notes"])
     assert "available (C++ operators, avx2)" in text and "not available (Triton kernels)" in text
 
@@ -64,7 +64,10 @@ def test_operators_that_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mix_that_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     code, found, _ = examine(monkeypatch, {"torch": "2.14.0", "fbgemm-gpu": "1.9.0", "torchrec": "1.9.2"})
     assert code == 0
-    assert "the tests were not run" in found["sections"]["Versions"]["mix"]
+    assert (
+        "the tests were not run with these releases; they were with torch 2.13.0"
+        in found["sections"]["Versions"]["mix"]
+    )
     assert not any("pip check" in note for note in found["notes"])
 
 

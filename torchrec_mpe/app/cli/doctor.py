@@ -23,15 +23,16 @@ from torchrec_mpe.app.hardware import cpu_fields, cpu_name
 from torchrec_mpe.upstream.versions import (
     FBGEMM_BUILDS,
     FBGEMM_GENAI_BUILDS,
-    TESTED_MIX,
+    MIXES,
     TORCHREC_BUILDS,
     __version__,
     install_command,
     installed_versions,
     is_cpu_build,
     mix_for_torch,
+    mix_that_was_run,
+    mix_to_install,
     version_problems,
-    was_run,
 )
 
 PROBE_SECONDS = 180
@@ -105,6 +106,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=lambda options: doctor(as_json=options.json))
 
 
+def _runs() -> str:
+    """The mixes that were run, in words."""
+    return " or ".join("torch {}, fbgemm {} and torchrec {}".format(*mix.run) for mix in MIXES if mix.run is not None)
+
+
 def _versions(found: Findings, installed: Mapping[str, str]) -> None:
     """Releases, and whether they fit."""
     found.add("Versions", "torchrec_mpe", __version__)
@@ -120,14 +126,14 @@ def _versions(found: Findings, installed: Mapping[str, str]) -> None:
         found.add("Versions", title, listed or "not installed")
     problems = version_problems(installed)
     found.problems += [(problem.message, problem.remedy) for problem in problems]
-    if was_run(installed):
-        mix = "fits: the tests were run with these releases"
+    if (known := mix_that_was_run(installed)) is not None and not problems:
+        mix = f"fits: run with exactly these releases, {known.tests}"
     elif any(problem.missing for problem in problems):
         mix = "incomplete"
     elif mix_for_torch(installed["torch"]) is None or any("together" in problem.message for problem in problems):
         mix = "does not fit"
     else:
-        mix = "fits by the version table, but the tests were not run with these releases"
+        mix = f"fits by the version table, but the tests were not run with these releases; they were with {_runs()}"
     found.add("Versions", "mix", mix)
     if "fbgemm-gpu-cpu" in installed and "fbgemm-gpu" not in installed:
         found.notes.append(
@@ -285,9 +291,9 @@ def _how_it_ended(code: int | None) -> str:
 def explain(what: str, step: Mapping[str, Any], installed: Mapping[str, str]) -> tuple[str, str]:
     """A failed step in plain words, and what to do."""
     error = " ".join(str(step.get("error") or "").split())
-    mix = mix_for_torch(installed.get("torch", ""))
+    mix = mix_to_install(installed.get("torch", ""))
     cpu = is_cpu_build(installed)
-    again = install_command(mix, cpu) if mix is not None else install_command(cpu=cpu)
+    again = install_command(mix, cpu)
     reinstall = f"install releases that fit together, best in a fresh virtual environment: {again}"
     if step.get("missing"):
         module = str(step["missing"])
@@ -300,7 +306,7 @@ def explain(what: str, step: Mapping[str, Any], installed: Mapping[str, str]) ->
     if library := re.search(r"(lib(?:cu|nv|nccl)[\w.+-]*): cannot open shared object", error):
         return (
             f"{what} does not work: it is a CUDA build and {library[1]} is not on this machine",
-            f"without a GPU install the CPU builds: {install_command(mix, True) if mix else install_command()}; "
+            f"without a GPU install the CPU builds: {install_command(mix, True)}; "
             "with one, install torch's CUDA build first",
         )
     if "GLIBC" in error or "CXXABI" in error:
@@ -439,7 +445,7 @@ def _gpus(found: Findings, steps: Mapping[str, Mapping[str, Any]]) -> None:
     if driver and torch and torch["cuda"] is None:
         found.notes.append(
             "There is a GPU, but this torch is a CPU-only build, so everything runs on the CPU. To use the GPU, "
-            f"install the CUDA builds: {install_command(mix_for_torch(torch['version']) or TESTED_MIX, False)}"
+            f"install the CUDA builds: {install_command(mix_to_install(torch['version']), False)}"
         )
     elif driver and torch:
         found.problems.append(
