@@ -164,15 +164,19 @@ class RowQuantizer(ChecksItsState):
         Returns:
             Tensor: [bags, local D], or [B, F * local D] side by side.
         """
-        dtype, probabilities = rows.dtype, self.probabilities()
+        dtype = rows.dtype
+        # In this order: backward adds up the gradients of what was made last first.
+        alpha, beta = self.step_sizes().to(dtype), self.beta[columns].to(dtype)
+        zero_rows = None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype)
+        probabilities = self.probabilities()
         return quantized_embedding_bag(
             rows,
             bags,
             row_map,
             None if probabilities is None else probabilities.to(dtype),
-            self.step_sizes().to(dtype),
-            self.beta[columns].to(dtype),
-            None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype),
+            alpha,
+            beta,
+            zero_rows,
             self.candidate_bits,
             torch.tensor(self._gradient_scale, dtype=dtype, device=self.alpha.device),
             gradient_factor=gradient_factor,
