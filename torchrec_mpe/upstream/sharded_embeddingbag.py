@@ -146,8 +146,8 @@ class OpenShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for sharding_type, sharding in zip(self._sharding_types, self._embedding_shardings, strict=True):
             self._lookups.append(self.create_lookup(sharding_type, sharding))
 
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering)
+    def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._initialize_torch_state(*args, **kwargs)
         self.prepare_state_dict()
 
     @staticmethod

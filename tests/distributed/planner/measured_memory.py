@@ -1,5 +1,6 @@
 """The memory of sharded training steps, measured on gloo ranks."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,7 @@ def peak_of_a_step(model: nn.Module, case: Case) -> int:
     for _ in range(2):
         step(batch())
     features = batch()
+    gc.collect()  # else what earlier models leave may be freed in the step, and hides as much of what it allocates
     dist.barrier()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(features)
