@@ -28,6 +28,7 @@ from .precision.plan import PrecisionPlan as PrecisionPlan
 from .inference.artifact.save_load import load as load
 from .inference.artifact.save_load import save as save
 from .inference.convert.convert import convert_checkpoint as convert_checkpoint
+from .inference.delta import load_delta as load_delta
 from .inference.delta import save_delta as save_delta
 from .inference.emit import emit_inference_model as emit_inference_model
 from .inference.export.export_model import export as export

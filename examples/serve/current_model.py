@@ -12,8 +12,7 @@ from batch import Inputs
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.inference.delta import load_delta
-from torchrec_mpe.inference.hot_swap import ServedModel
+from torchrec_mpe import ServedModel, load_delta
 
 
 class CurrentModel:
