@@ -4,7 +4,7 @@
     python benchmarks/cache.py --only step                 # one part; without --data, AUC and ciao's hits are left out
     python benchmarks/cache.py --quick --data ciao.csv     # smaller tables, fewer seeds; ends within 2 minutes
 
-All sides use row-wise Adagrad, one table for each feature, and Zipf ids (1.05), whose numbers are their frequency ranks
+All sides use row-wise Adagrad, one table for each feature, and Zipf ids (1.05), whose numbers are in frequency order
 or shuffled, or uniform ids. Every batch is new.
 
 memory: all bytes of a table while it trains. fp32 and fp16 are FBGEMM's TBE with its optimizer state; ours are the

@@ -5,8 +5,8 @@
 
 One process, one thread, 26 equal tables, B=2048, SUM, float32 output, int32 ids, bounds checks off on both sides. Ours
 has ranked tables of one bit-width, or of the mixes below; rivals are FBGEMM's IntNBit TBE (INT8, INT4, INT2, FP16) and
-26 nn.EmbeddingBag modules in fp32, whose outputs stay 26 tensors. Ids are frequency ranks, so that zipf ids (exponent
-1.05) are dense in the first rows of every rival's tables too.
+26 nn.EmbeddingBag modules in fp32, whose outputs stay 26 tensors. Ids are in frequency order, so that zipf ids (of
+exponent 1.05) are dense in the first rows of every rival's tables too.
 
 Each round calls a rival and the widths compared with it once each, every one on another of 4 index sets than the round
 before. A ratio is the median over the rounds of rival time / our time: above 1, ours is faster. Goals hold for one
@@ -156,7 +156,7 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def packed_tables(rows: int, dim: int, shares: Shares, directory: str = "ranked") -> PackedTables:
-    """26 tables with rows of the given widths by frequency; ids are ranks, or permuted ones for a directory."""
+    """26 tables with rows of the given widths by frequency; ids are in order, or permuted ones for a directory."""
     generator = torch.Generator().manual_seed(0)
     bounds = [round(rows * total) for total in itertools.accumulate((share for share, _ in shares), initial=0.0)]
     ranks = None if directory == "ranked" else torch.randperm(rows, generator=generator).int()

@@ -73,9 +73,9 @@ def stored(sharding: str, phase: str) -> dict[str, Any]:
     maps = sum(row_map.nbytes for row_map in dmp.module[0].row_maps())
     # What is sharded is still whole where it is asked for.
     if phase == "search":
-        ranks = mpe.sample_precision(dmp).tables["mapped"].ranks
+        ranks = mpe.sample_precision(dmp).tables["mapped"].order
     else:
-        ranks = dmp.module[0].quantizers()[DIM].widths["mapped"].ranks
+        ranks = dmp.module[0].quantizers()[DIM].widths["mapped"].order
     assert ranks is not None
     return {"held": held, "maps": maps, "ranks": ranks.numpy()}
 

@@ -67,6 +67,6 @@ def test_no_process_holds_a_whole_table(two_ranks: Ranks) -> None:
     results = two_ranks.run(_sharded)
     digest = _digest(mpe.emit_inference_model(_prepared("cpu")))
     for growth, of_rank in results:
-        # 10 MiB are packed, the rest are pieces of 8 MiB and the frequency ranks of the rows.
+        # 10 MiB are packed, the rest are pieces of 8 MiB and the frequency order of the rows.
         assert growth < FP32_MIB / 2, f"a table of {FP32_MIB} MiB as float32 took {growth} MiB"
         assert of_rank == digest

@@ -135,13 +135,13 @@ def test_auto_is_the_smallest(widths: TableBitWidths) -> None:
 
 def test_what_large_tables_get() -> None:
     """1e8 rows in any order, without a pass over them: most of no bits, or a few bits each."""
-    ranks = torch.empty(0)
+    order = torch.empty(0)
     rows = 100_000_000
 
     def kind(bounds: tuple[int, ...], bits: tuple[int, ...], mapped: bool = True) -> Directory:
         widths = TableBitWidths(rows, 16, bounds, bits)
         if mapped:
-            object.__setattr__(widths, "ranks", ranks)
+            object.__setattr__(widths, "order", order)
         return choose_directory("t", widths).directory
 
     assert kind((0, rows), (4,)) == Directory.RANKED

@@ -164,7 +164,7 @@ def test_without_counts_rows_count_alike() -> None:
     found, expected = find(rows, None, ratio=12), find(rows, alike, ratio=12)
     assert found.plan.tables == expected.plan.tables
     assert "counts_sha256" in expected.plan.provenance and "counts_sha256" not in found.plan.provenance
-    assert all(table.ranks is None for table in found.plan.tables.values())
+    assert all(table.order is None for table in found.plan.tables.values())
 
 
 def test_unseen_rows_get_bits_last() -> None:

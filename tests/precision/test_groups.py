@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_mpe.precision.frequency_order import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.precision.frequency_order import counts_in_order, counts_sha256, frequency_order
 from torchrec_mpe.precision.groups import equal_groups, log_rank_bounds, log_rank_groups
 
 
 def test_ranks_by_hand() -> None:
-    assert frequency_ranks(torch.tensor([9, 4, 4, 1])) is None
-    ranks = frequency_ranks(torch.tensor([1, 9, 4]))
+    assert frequency_order(torch.tensor([9, 4, 4, 1])) is None
+    ranks = frequency_order(torch.tensor([1, 9, 4]))
     assert ranks is not None and ranks.dtype == torch.int32
     assert ranks.tolist() == [2, 0, 1]
 
@@ -21,8 +21,8 @@ def test_ranks_by_hand() -> None:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_ranks_sort_the_counts_and_are_a_permutation(counts: list[int]) -> None:
     tensor = torch.tensor(counts)
-    ranks = frequency_ranks(tensor)
-    assert counts_by_rank(tensor, ranks).tolist() == sorted(counts, reverse=True)
+    ranks = frequency_order(tensor)
+    assert counts_in_order(tensor, ranks).tolist() == sorted(counts, reverse=True)
     if ranks is not None:
         assert sorted(ranks.tolist()) == list(range(len(counts)))
 
@@ -30,11 +30,11 @@ def test_ranks_sort_the_counts_and_are_a_permutation(counts: list[int]) -> None:
 def test_ties_do_not_follow_the_id() -> None:
     counts = torch.ones(1000, dtype=torch.int64)
     counts[-1] = 2  # so that ids are not ranks
-    ranks = frequency_ranks(counts)
+    ranks = frequency_order(counts)
     assert ranks is not None
     correlation = torch.corrcoef(torch.stack([ranks[:-1].double(), torch.arange(999).double()]))[0, 1]
     assert abs(float(correlation)) < 0.15
-    again = frequency_ranks(counts)
+    again = frequency_order(counts)
     assert again is not None and torch.equal(ranks, again)
 
 

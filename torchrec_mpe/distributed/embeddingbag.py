@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.pooled_lookup import MPEPooledLookup
 from torchrec_mpe.distributed.row_shard import RowShard, TensorShard, shard_offsets
-from torchrec_mpe.distributed.sharded_ranks import ShardedRanks
+from torchrec_mpe.distributed.sharded_order import ShardedOrder
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.row_quantizer import RowQuantizer
 from torchrec_mpe.precision.row_initialization import RowInitialization
@@ -116,7 +116,7 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
         return MPEPooledLookup(sharding, mean_tables, **cached)
 
     def _shard_row_maps(self, quantizers: Mapping[int, RowQuantizer]) -> None:
-        """Keep of what each row belongs to, and of its frequency rank, what this rank's own rows need."""
+        """Keep of what each row belongs to, and of its place in the frequency order, what this rank's own rows need."""
         self.mpe = nn.ModuleDict({f"dim_{dim}": copy.copy(quantizer) for dim, quantizer in quantizers.items()})
         self.mpe.to(self.device)
         for lookup in self.lookups():
@@ -129,7 +129,7 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
             once = [shard for shard in once if shard[0] not in self.data_parallel_tables()]
         for quantizer in self.quantizers().values():
             own = [shard for shard in once if shard[0] in quantizer.num_embeddings]
-            quantizer.replace_ranks(partial(ShardedRanks, shards=own, group=self.process_group, device=self.device))
+            quantizer.replace_order(partial(ShardedOrder, shards=own, group=self.process_group, device=self.device))
 
     def data_parallel_tables(self) -> set[str]:
         """The tables that every rank has a copy of."""

@@ -17,15 +17,15 @@ _IDS_IN_A_BAG = 8
 
 
 def probe_ids(widths: TableBitWidths) -> Tensor:
-    """Ids that show whether a table is packed right; work is per run, or per row if ids are no frequency ranks.
+    """Ids that show whether a table is packed right; work is per run, or per row if ids are not in frequency order.
 
     Returns:
         Tensor: int64, increasing: the first and last row, the first and last of each bit-width and, where ids are
-        ranks, of each run, and rows spread evenly between.
+        order, of each run, and rows spread evenly between.
     """
     rows = widths.num_embeddings
     ids = {0, rows - 1, *torch.linspace(0, rows - 1, _SPREAD_IDS, dtype=torch.float64).long().tolist()}
-    if widths.ranks is None:
+    if widths.order is None:
         starts = [first for first, _ in widths.runs()]
         ends = [*(start - 1 for start in starts[1:]), rows - 1]
         step = -(-len(starts) // _MAX_RUNS)

@@ -17,27 +17,27 @@ from torchrec_mpe.precision.groups import FeatureGroups
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.modules import ChecksItsState
 
-RanksByTable = Mapping[str, Tensor | None]
+OrderByTable = Mapping[str, Tensor | None]
 
 _MIN_STEP_SIZE = 1e-10
 _DIGEST_ROWS = 1 << 20  # rows at a time: no table's whole map needs to exist
 
 
-class _WidthsOverRanks(Mapping[str, TableBitWidths]):
-    """Bit-widths whose frequency ranks come from elsewhere when they are read."""
+class _WidthsInOrder(Mapping[str, TableBitWidths]):
+    """Bit-widths whose places in the frequency order come from elsewhere when they are read."""
 
-    def __init__(self, widths: Mapping[str, TableBitWidths], ranks: RanksByTable) -> None:
-        self._by_rank = {table: replace(w, ranks=None) for table, w in widths.items()}
-        self._ranks = ranks
+    def __init__(self, widths: Mapping[str, TableBitWidths], order: OrderByTable) -> None:
+        self._in_order = {table: replace(w, order=None) for table, w in widths.items()}
+        self._order = order
 
     def __getitem__(self, table: str) -> TableBitWidths:
-        return replace(self._by_rank[table], ranks=self._ranks[table])
+        return replace(self._in_order[table], order=self._order[table])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._by_rank)
+        return iter(self._in_order)
 
     def __len__(self) -> int:
-        return len(self._by_rank)
+        return len(self._in_order)
 
 
 class RowQuantizer(ChecksItsState):
@@ -99,8 +99,8 @@ class RowQuantizer(ChecksItsState):
         """
         raise NotImplementedError
 
-    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
-        """Hold the tables' frequency ranks in another form, such as sharded over the ranks of a job."""
+    def replace_order(self, make: Callable[[OrderByTable], OrderByTable]) -> None:
+        """Hold the tables' places in the frequency order in another form, such as sharded over the ranks of a job."""
         raise NotImplementedError
 
     def _register_layout_digest(self) -> None:
@@ -216,8 +216,8 @@ class SearchQuantizer(RowQuantizer):
         """The feature group of the rows ``start`` to ``stop`` of a table, int16 or int32 [stop - start], on CPU."""
         return self.groups.group_of_rows(table, start, stop)
 
-    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
-        self.groups = replace(self.groups, ranks=make(self.groups.ranks))
+    def replace_order(self, make: Callable[[OrderByTable], OrderByTable]) -> None:
+        self.groups = replace(self.groups, order=make(self.groups.order))
 
     def probabilities(self) -> Tensor:
         """``softmax(gamma / temperature)``, [G, m]."""
@@ -265,8 +265,8 @@ class RetrainQuantizer(RowQuantizer):
         """The candidate, as an index, of the rows ``start`` to ``stop``, uint8 [stop - start], on CPU."""
         return self._candidate_of_width[self.widths[table].of_rows(start, stop).long()]
 
-    def replace_ranks(self, make: Callable[[RanksByTable], RanksByTable]) -> None:
-        self.widths = _WidthsOverRanks(self.widths, make({table: w.ranks for table, w in self.widths.items()}))
+    def replace_order(self, make: Callable[[OrderByTable], OrderByTable]) -> None:
+        self.widths = _WidthsInOrder(self.widths, make({table: w.order for table, w in self.widths.items()}))
 
     def load_from(self, other: RowQuantizer) -> None:
         """Take over alpha, beta and the 0-bit vectors of another quantizer of the same tables."""

@@ -60,7 +60,7 @@ def sample_precision(model: nn.Module) -> PrecisionPlan:
                 quantizer.embedding_dim,
                 quantizer.groups.bounds[table],
                 tuple(bits[list(groups)].tolist()),
-                quantizer.groups.ranks[table],
+                quantizer.groups.order[table],
             )
     config = quantizers[0].config
     if any(quantizer.config != config for quantizer in quantizers):

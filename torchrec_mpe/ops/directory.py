@@ -16,7 +16,7 @@ class Directory(enum.IntEnum):
     """How a table's ids find their rows. The values are those of ``PackedTables.directory_kinds``.
 
     Attributes:
-        RANKED: ids are frequency ranks, or all rows have one width; nothing is needed but the table's runs, 20 bytes
+        RANKED: ids are in frequency order, or all rows have one width; nothing is needed but the table's runs, 20 bytes
             each.
         REMAP: an int32 per row, the stored rank of each id; then as RANKED. 32 bits a row, and ids in any order::
 

@@ -13,30 +13,30 @@ MAX_BITS = 8
 
 @dataclass(frozen=True, eq=False)
 class TableBitWidths:
-    """One bit-width, 0 to 8, per segment of frequency ranks of a table.
+    """One bit-width, 0 to 8, per segment of the frequency order of a table.
 
-    Segment ``k`` holds the rows of rank ``bounds[k] <= rank < bounds[k + 1]``, all ``bits[k]`` wide::
+    Segment ``k`` holds the rows of place ``bounds[k] <= place < bounds[k + 1]``, all ``bits[k]`` wide::
 
-        rank      0  1  2  3  4  5  6  7  8  9
+        place     0  1  2  3  4  5  6  7  8  9
         bounds    0     2           6           10
         bits      [ 6 ] [    3    ] [    0    ]
 
     Attributes:
         num_embeddings (int): rows of the table.
         embedding_dim (int): elements of a row.
-        bounds (tuple[int, ...]): k + 1 increasing ranks, from 0 to num_embeddings.
+        bounds (tuple[int, ...]): k + 1 increasing places, from 0 to num_embeddings.
         bits (tuple[int, ...]): the k bit-widths.
-        ranks (Optional[Tensor]): int32 [num_embeddings], the rank of each row, a permutation; None when ids are ranks.
+        order (Optional[Tensor]): int32 [num_embeddings], the place of each row, a permutation; None when ids are it.
 
     Raises:
-        ValueError: if bounds, bits and ranks do not fit each other.
+        ValueError: if bounds, bits and order do not fit each other.
     """
 
     num_embeddings: int
     embedding_dim: int
     bounds: tuple[int, ...]
     bits: tuple[int, ...]
-    ranks: Tensor | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1 or self.embedding_dim < 1:
@@ -47,12 +47,12 @@ class TableBitWidths:
             raise ValueError("bounds must increase")
         if any(not 0 <= b <= MAX_BITS for b in self.bits):
             raise ValueError(f"bit-widths must lie between 0 and {MAX_BITS}, got {sorted(set(self.bits))}")
-        if self.ranks is not None:
-            ranks = self.ranks
-            if ranks.dtype != torch.int32 or ranks.shape != (self.num_embeddings,):
-                raise ValueError(f"ranks must be int32 [{self.num_embeddings}]")
-            if not is_permutation(ranks):
-                raise ValueError(f"ranks must be a permutation of 0 to {self.num_embeddings - 1}")
+        if self.order is not None:
+            order = self.order
+            if order.dtype != torch.int32 or order.shape != (self.num_embeddings,):
+                raise ValueError(f"order must be int32 [{self.num_embeddings}]")
+            if not is_permutation(order):
+                raise ValueError(f"order must be a permutation of 0 to {self.num_embeddings - 1}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TableBitWidths):
@@ -60,18 +60,18 @@ class TableBitWidths:
         mine = (self.num_embeddings, self.embedding_dim, self.bounds, self.bits)
         if mine != (other.num_embeddings, other.embedding_dim, other.bounds, other.bits):
             return False
-        if self.ranks is None or other.ranks is None:
-            return self.ranks is other.ranks
-        return torch.equal(self.ranks, other.ranks)
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return torch.equal(self.order, other.order)
 
     __hash__ = None  # type: ignore[assignment]
 
     def of_rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The bit-width of the rows ``start`` to ``stop``, all by default, uint8 [stop - start], by row id."""
-        return rows_from_segments(self.bounds, self.bits, self.ranks, torch.uint8, start, stop)
+        return rows_from_segments(self.bounds, self.bits, self.order, torch.uint8, start, stop)
 
     def runs(self) -> list[tuple[int, int]]:
-        """Segments with neighbours of equal width joined: (first rank, bit-width) of each."""
+        """Segments with neighbours of equal width joined: (first place, bit-width) of each."""
         joined: list[tuple[int, int]] = []
         for first, bits in zip(self.bounds, self.bits, strict=False):
             if not joined or joined[-1][1] != bits:

@@ -17,10 +17,10 @@ def feasible_directories(widths: TableBitWidths) -> tuple[Directory, ...]:
     rows = widths.rows_per_width()
     nonzero = [bits for bits, count in enumerate(rows) if bits and count]
     kinds: list[Directory] = []
-    # Rows that are all of one width need no order by rank: ids are then as good as ranks.
-    if widths.ranks is None or len(set(widths.bits)) == 1:
+    # Rows that are all of one width need no order: ids are then as good as places.
+    if widths.order is None or len(set(widths.bits)) == 1:
         kinds.append(Directory.RANKED)
-    if widths.ranks is not None:
+    if widths.order is not None:
         kinds.append(Directory.REMAP)
     fits = sum(bits * count for bits, count in enumerate(rows)) <= _MAX_UNITS
     if fits:
@@ -60,8 +60,8 @@ def choose_directory(name: str, widths: TableBitWidths, directory: str = "auto")
         if kind in feasible:
             return lay_out_table(name, widths, kind)
     why = {
-        "ranked": "its ids are not frequency ranks",
-        "remap": "its ids are frequency ranks and need no remap",
+        "ranked": "its ids are not in frequency order",
+        "remap": "its ids are in frequency order and need no remap",
         "nibble": "its row starts do not fit into 32 bits",
         "bitmap": "it has several bit-widths, and no rows of 0 bits or row starts that do not fit into 32 bits",
     }[directory]
@@ -79,7 +79,7 @@ def lay_out(tables: Mapping[str, TableBitWidths], directory: str | Mapping[str, 
 
     Raises:
         ValueError: naming the table, if a choice is unknown or not feasible, or is for no table; or if a table has
-            more rows than int32 ranks can count.
+            more rows than int32 places can count.
     """
     chosen = directory_by_table(list(tables), directory)
     return CollectionLayout(tuple(choose_directory(name, widths, chosen[name]) for name, widths in tables.items()))

@@ -14,16 +14,16 @@ _CHUNK_ROWS = 1 << 20
 
 def row_bits(widths: TableBitWidths, start: int, stop: int) -> Tensor:
     """The bit-width of rows ``start`` to ``stop - 1``, uint8 [stop - start], on the CPU."""
-    ranks = torch.arange(start, stop) if widths.ranks is None else widths.ranks[start:stop].cpu()
-    bounds = torch.tensor(widths.bounds[1:], dtype=ranks.dtype)
-    return torch.tensor(widths.bits, dtype=torch.uint8)[torch.searchsorted(bounds, ranks, right=True)]
+    order = torch.arange(start, stop) if widths.order is None else widths.order[start:stop].cpu()
+    bounds = torch.tensor(widths.bounds[1:], dtype=order.dtype)
+    return torch.tensor(widths.bits, dtype=torch.uint8)[torch.searchsorted(bounds, order, right=True)]
 
 
 def write_directory(widths: TableBitWidths, layout: TableLayout, out: Tensor) -> None:
     """Write a table's remap or lines to ``out``, zeros of ``layout.directory_bytes``."""
     if layout.directory == Directory.REMAP:
-        assert widths.ranks is not None
-        _write_remap(widths, widths.ranks, out.view(torch.int32))
+        assert widths.order is not None
+        _write_remap(widths, widths.order, out.view(torch.int32))
     if layout.directory in (Directory.BITMAP, Directory.BITMAP_NIBBLE):
         _write_bitmap(_chunks_of_bits(widths), out[: layout.bitmap_bytes].view(-1, LINE_BYTES))
     if layout.directory == Directory.NIBBLE:
@@ -51,12 +51,12 @@ def _in_lines(chunks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         yield torch.nn.functional.pad(rest, (0, rows - rest.numel())).view(1, rows)
 
 
-def _write_remap(widths: TableBitWidths, ranks: Tensor, out: Tensor) -> None:
-    """The stored rank of every row: its frequency rank plus the shift of its segment."""
+def _write_remap(widths: TableBitWidths, order: Tensor, out: Tensor) -> None:
+    """The stored rank of every row: its place in the frequency order plus the shift of its segment."""
     bounds = torch.tensor(widths.bounds[1:], dtype=torch.int32)
     shifts = torch.tensor(stored_rank_shifts(widths), dtype=torch.int32)
-    for start in range(0, ranks.numel(), _CHUNK_ROWS):
-        chunk = ranks[start : start + _CHUNK_ROWS].cpu()
+    for start in range(0, order.numel(), _CHUNK_ROWS):
+        chunk = order[start : start + _CHUNK_ROWS].cpu()
         out[start : start + chunk.numel()] = chunk + shifts[torch.searchsorted(bounds, chunk, right=True)]
 
 

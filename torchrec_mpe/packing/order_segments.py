@@ -1,4 +1,4 @@
-"""Frequency ranks of rows, and values per segment of ranks spread over the rows."""
+"""The frequency order of rows, and values per segment of it spread over the rows."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _ROWS_PER_CHUNK = 1 << 20
 def rows_from_segments(
     bounds: Sequence[int],
     values: Sequence[int],
-    ranks: Tensor | None,
+    order: Tensor | None,
     dtype: torch.dtype,
     start: int = 0,
     stop: int | None = None,
@@ -19,9 +19,9 @@ def rows_from_segments(
     """The values of the rows ``start`` to ``stop`` of a table; nothing of the size of the whole table is made.
 
     Args:
-        bounds (Sequence[int]): k + 1 increasing ranks, from 0 to num_embeddings.
-        values (Sequence[int]): of the k segments; segment s holds the ranks ``bounds[s] <= rank < bounds[s + 1]``.
-        ranks (Optional[Tensor]): int32 [num_embeddings], the rank of each row; None when ids are ranks.
+        bounds (Sequence[int]): k + 1 increasing places, from 0 to num_embeddings.
+        values (Sequence[int]): of the k segments; segment s holds the places ``bounds[s] <= place < bounds[s + 1]``.
+        order (Optional[Tensor]): int32 [num_embeddings], the place of each row; None when ids are in order.
         dtype (torch.dtype): of the result.
         start (int): first row.
         stop (Optional[int]): last row, exclusive; num_embeddings by default.
@@ -36,11 +36,11 @@ def rows_from_segments(
     """
     stop = bounds[-1] if stop is None else stop
     of_segment = torch.tensor(values, dtype=dtype)
-    if ranks is None:
+    if order is None:
         return torch.repeat_interleave(of_segment, torch.tensor(bounds).clamp(start, stop).diff())
-    inner = torch.tensor(bounds[1:-1], dtype=ranks.dtype, device=ranks.device)
-    segment = torch.searchsorted(inner, ranks[start:stop], right=True, out_int32=True)
-    return of_segment.to(ranks.device)[segment]
+    inner = torch.tensor(bounds[1:-1], dtype=order.dtype, device=order.device)
+    segment = torch.searchsorted(inner, order[start:stop], right=True, out_int32=True)
+    return of_segment.to(order.device)[segment]
 
 
 def is_permutation(values: Tensor) -> bool:

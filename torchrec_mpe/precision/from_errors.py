@@ -12,7 +12,7 @@ from tqdm import tqdm
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.precision.allocate_bytes import allocate_under_budget, allocate_under_error, curves_of
 from torchrec_mpe.precision.counts_of_table import counts_of_table
-from torchrec_mpe.precision.frequency_order import counts_sha256, frequency_ranks
+from torchrec_mpe.precision.frequency_order import counts_sha256, frequency_order
 from torchrec_mpe.precision.groups import log_rank_bounds
 from torchrec_mpe.precision.plan import PrecisionPlan, ZeroRow
 from torchrec_mpe.precision.row_errors import RowErrors, quantized_rows
@@ -51,7 +51,7 @@ def precision_from_errors(
 ) -> PostTrainingPrecision:
     """Bit-widths and scales for trained rows, by the squared error that they cause, weighted by lookups.
 
-    A table is cut into segments of frequency ranks, evenly in the logarithm of the rank and not larger than a sixteenth
+    A table is cut into segments of the frequency order, evenly in the logarithm of the place, none over a sixteenth
     of it. The weighted squared error of each segment at each width and many step sizes comes from histograms of the
     rows, which are read twice. Widths, step sizes, offset and 0-bit row of a table are fitted to each other, and bytes
     are given where they save most: real bytes, with directories, scales and padding.
@@ -64,7 +64,7 @@ def precision_from_errors(
             [stop - start, D]; read in pieces of a few MiB, several times.
         tables (Sequence[EmbeddingBagConfig]): names and shapes.
         counts (Optional[Mapping[str, Tensor]]): per table, int64 [num_embeddings] lookups; None: all rows alike, and
-            segments of ids instead of frequency ranks.
+            segments of ids instead of the frequency order.
         ratio (Optional[float]): compression against FP32 rows, for example 30; give this, ``bytes`` or ``max_error``.
         bytes (Optional[int]): bytes of all packed tables.
         max_error (Optional[float]): largest relative error of each table, the root of ``sum(lookups * |row - packed|^2)
@@ -101,9 +101,9 @@ def precision_from_errors(
     total = 2 * sum(t.num_embeddings for t in tables)
     with tqdm(total=total, desc="measuring rows", unit="row", unit_scale=True, disable=not progress) as bar:
         for table in tables:
-            ranks = frequency_ranks(lookups[table.name])
-            histograms = _histograms(table, rows[table.name], ranks, lookups[table.name], bar.update)
-            candidates.append(TableCandidates(table.name, histograms, ranks, zero_row == "learned"))
+            order = frequency_order(lookups[table.name])
+            histograms = _histograms(table, rows[table.name], order, lookups[table.name], bar.update)
+            candidates.append(TableCandidates(table.name, histograms, order, zero_row == "learned"))
     if max_error is not None:
         chosen = {t.name: _under_error(t, rows[t.name], lookups[t.name], max_error) for t in candidates}
     else:
@@ -133,14 +133,14 @@ def _lookups(table: EmbeddingBagConfig, rows: Mapping[str, RowSource], counts: M
 
 
 def _histograms(
-    table: EmbeddingBagConfig, rows: RowSource, ranks: Tensor | None, lookups: Tensor, done: Callable[[int], object]
+    table: EmbeddingBagConfig, rows: RowSource, order: Tensor | None, lookups: Tensor, done: Callable[[int], object]
 ) -> RowHistograms:
     count = table.num_embeddings
     even = (round(count * k / _EVEN_SEGMENTS) for k in range(_EVEN_SEGMENTS))
     bounds = sorted({*log_rank_bounds(count, _LOG_RANK_SEGMENTS), *even})
     weights = lookups.double()
     weights[weights == 0] = _UNSEEN
-    return read_histograms(table.name, rows, table.embedding_dim, bounds, ranks, weights, done)
+    return read_histograms(table.name, rows, table.embedding_dim, bounds, order, weights, done)
 
 
 def _under_error(
@@ -183,4 +183,4 @@ def _joined(table: TableCandidates, allocation: Allocation) -> TableBitWidths:
     """Checked widths, neighbouring segments of equal width joined."""
     runs = table.widths(allocation.bounds, allocation.bits).runs()
     bounds = (*(first for first, _ in runs), allocation.bounds[-1])
-    return TableBitWidths(bounds[-1], table.embedding_dim, bounds, tuple(bits for _, bits in runs), table.ranks)
+    return TableBitWidths(bounds[-1], table.embedding_dim, bounds, tuple(bits for _, bits in runs), table.order)

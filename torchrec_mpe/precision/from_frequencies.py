@@ -14,14 +14,14 @@ from torchrec_mpe.packing.layout import ALIGNMENT
 from torchrec_mpe.packing.size import packed_bytes
 from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
-from torchrec_mpe.precision.frequency_order import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.precision.frequency_order import counts_in_order, counts_sha256, frequency_order
 from torchrec_mpe.precision.plan import PrecisionPlan, ZeroRow
 from torchrec_mpe.precision.row_initialization import RowInitialization
 
 _RULE_MAX_BITS = 6
 
 
-class _RankedTables:
+class _TablesInOrder:
     """Each table's counts in order of frequency, and plans cut from them."""
 
     def __init__(
@@ -36,12 +36,12 @@ class _RankedTables:
         self.tables = tables
         self.initialization = initialization or RowInitialization()
         self.zero_row: ZeroRow = zero_row
-        self.ranks: dict[str, Tensor | None] = {}
+        self.order: dict[str, Tensor | None] = {}
         self.counts: dict[str, Tensor] = {}
         for table in tables:
             table_counts = counts_of_table(counts, table).cpu()
-            self.ranks[table.name] = frequency_ranks(table_counts)
-            self.counts[table.name] = counts_by_rank(table_counts, self.ranks[table.name])
+            self.order[table.name] = frequency_order(table_counts)
+            self.counts[table.name] = counts_in_order(table_counts, self.order[table.name])
         self.digest = counts_sha256({t.name: counts[t.name] for t in tables})
 
     def widths(self, segments: Callable[[str], tuple[list[int], list[int]]]) -> dict[str, TableBitWidths]:
@@ -50,7 +50,7 @@ class _RankedTables:
         for table in self.tables:
             bounds, bits = segments(table.name)
             widths[table.name] = TableBitWidths(
-                table.num_embeddings, table.embedding_dim, tuple(bounds), tuple(bits), self.ranks[table.name]
+                table.num_embeddings, table.embedding_dim, tuple(bounds), tuple(bits), self.order[table.name]
             )
         return widths
 
@@ -111,16 +111,16 @@ def cut_precision(
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction of rows to keep must lie in (0, 1], got {fraction}")
     tables = _tables(model)
-    ranked = _RankedTables(counts, tables, initialization, zero_row)
-    every_count = torch.cat([ranked.counts[t.name] for t in tables])
+    ordered = _TablesInOrder(counts, tables, initialization, zero_row)
+    every_count = torch.cat([ordered.counts[t.name] for t in tables])
     keep = max(1, round(fraction * len(every_count)))
     kept = torch.zeros(len(every_count), dtype=torch.bool)
     kept[torch.argsort(every_count, descending=True, stable=True)[:keep]] = True
     rows = dict(
-        zip(ranked.counts, (int(k.sum()) for k in kept.split([len(c) for c in ranked.counts.values()])), strict=True)
+        zip(ordered.counts, (int(k.sum()) for k in kept.split([len(c) for c in ordered.counts.values()])), strict=True)
     )
-    widths = ranked.widths(lambda name: _head_and_tail(rows[name], len(ranked.counts[name]), bits))
-    return ranked.plan(widths, (0, bits), "cut", bits=bits, fraction=fraction)
+    widths = ordered.widths(lambda name: _head_and_tail(rows[name], len(ordered.counts[name]), bits))
+    return ordered.plan(widths, (0, bits), "cut", bits=bits, fraction=fraction)
 
 
 def _head_and_tail(head: int, rows: int, bits: int) -> tuple[list[int], list[int]]:
@@ -142,7 +142,7 @@ def precision_from_frequencies(
 
     The cutoff c0 is bisected until the packed tables' real bytes (payload, directories, scales, padding) meet the
     target. Where many rows share the count at which the target is crossed, only some of them, in the fixed order of
-    their ranks, get the wider width, so that the target is met closely.
+    their places, get the wider width, so that the target is met closely.
 
     Args:
         counts (Mapping[str, Tensor]): per table, int64 [num_embeddings] lookups in the training data.
@@ -168,14 +168,14 @@ def precision_from_frequencies(
     if not (ratio if ratio is not None else bytes or 0) > 0:
         raise ValueError(f"the target must be positive, got {ratio if ratio is not None else bytes}")
     tables = _tables(model)
-    ranked = _RankedTables(counts, tables, initialization, zero_row)
+    ordered = _TablesInOrder(counts, tables, initialization, zero_row)
     fp32_bytes = sum(4 * t.num_embeddings * t.embedding_dim for t in tables)
     target = bytes if bytes is not None else fp32_bytes / (ratio or 1)
 
     def size(offset: float) -> int:
-        return ranked.packed_bytes(ranked.widths(lambda name: _rule_segments(ranked.counts[name], offset)))
+        return ordered.packed_bytes(ordered.widths(lambda name: _rule_segments(ordered.counts[name], offset)))
 
-    least, most = low, high = _offset_range(ranked.counts.values())
+    least, most = low, high = _offset_range(ordered.counts.values())
     for _ in range(60):
         middle = (low + high) / 2
         if size(middle) > target:
@@ -183,10 +183,10 @@ def precision_from_frequencies(
         else:
             low = middle
     # All the rows of one count change width at one offset: between low and high the bytes can jump over the target.
-    widths = ranked.widths(lambda name: _rule_segments(ranked.counts[name], low))
-    wider = ranked.widths(lambda name: _rule_segments(ranked.counts[name], high))
-    widths = _between(ranked, widths, wider, target)
-    reached = ranked.packed_bytes(widths)
+    widths = ordered.widths(lambda name: _rule_segments(ordered.counts[name], low))
+    wider = ordered.widths(lambda name: _rule_segments(ordered.counts[name], high))
+    widths = _between(ordered, widths, wider, target)
+    reached = ordered.packed_bytes(widths)
     if abs(reached - target) > max(0.01 * target, ALIGNMENT * len(tables)):
         smallest, largest = size(least), size(most)
         raise ValueError(
@@ -195,7 +195,7 @@ def precision_from_frequencies(
             f"({fp32_bytes / largest:.1f}x to {fp32_bytes / smallest:.1f}x)"
         )
     bits = tuple(range(_RULE_MAX_BITS + 1))
-    return ranked.plan(widths, bits, "frequency rule", ratio=ratio, bytes=bytes, reached_bytes=reached)
+    return ordered.plan(widths, bits, "frequency rule", ratio=ratio, bytes=bytes, reached_bytes=reached)
 
 
 def _offset_range(counts: Any) -> tuple[float, float]:
@@ -220,17 +220,17 @@ def _rule_segments(counts: Tensor, offset: float) -> tuple[list[int], list[int]]
 
 
 def _between(
-    ranked: _RankedTables, narrow: Mapping[str, TableBitWidths], wide: Mapping[str, TableBitWidths], target: float
+    ordered: _TablesInOrder, narrow: Mapping[str, TableBitWidths], wide: Mapping[str, TableBitWidths], target: float
 ) -> dict[str, TableBitWidths]:
     """Widen the first rows of each changing segment, the same share everywhere, as far as the target allows."""
 
     def mixed(share: float) -> dict[str, TableBitWidths]:
-        return ranked.widths(lambda name: _mix(narrow[name], wide[name], share))
+        return ordered.widths(lambda name: _mix(narrow[name], wide[name], share))
 
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if ranked.packed_bytes(mixed(middle)) > target:
+        if ordered.packed_bytes(mixed(middle)) > target:
             high = middle
         else:
             low = middle
@@ -259,5 +259,5 @@ def _mix(narrow: TableBitWidths, wide: TableBitWidths, share: float) -> tuple[li
     return bounds, bits
 
 
-def _width_at(widths: TableBitWidths, rank: int) -> int:
-    return next(b for end, b in zip(widths.bounds[1:], widths.bits, strict=True) if rank < end)
+def _width_at(widths: TableBitWidths, place: int) -> int:
+    return next(b for end, b in zip(widths.bounds[1:], widths.bits, strict=True) if place < end)

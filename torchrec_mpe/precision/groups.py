@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.packing.order_segments import rows_from_segments
-from torchrec_mpe.precision.frequency_order import counts_by_rank, counts_sha256, frequency_ranks
+from torchrec_mpe.precision.frequency_order import counts_in_order, counts_sha256, frequency_order
 
 
 @dataclass(frozen=True)
 class FeatureGroups:
     """The feature groups of the tables of one embedding dimension.
 
-    A table's rows in order of frequency rank are cut at ``bounds``; segment ``k`` holds the ranks
-    ``bounds[k] <= rank < bounds[k + 1]`` and belongs to group ``groups[k]``::
+    A table's rows in frequency order are cut at ``bounds``; segment ``k`` holds the places
+    ``bounds[k] <= place < bounds[k + 1]`` and belongs to group ``groups[k]``::
 
-        rank      0  1  2  3  4  5  6  7  8  9
+        place     0  1  2  3  4  5  6  7  8  9
         bounds    0     2           6           10
         groups    [ 0 ] [    1    ] [    2    ]
 
     Attributes:
-        bounds (Mapping[str, tuple[int, ...]]): per table, k + 1 increasing ranks from 0 to num_embeddings.
+        bounds (Mapping[str, tuple[int, ...]]): per table, k + 1 increasing places from 0 to num_embeddings.
         groups (Mapping[str, tuple[int, ...]]): per table, the group number of each of the k segments.
-        ranks (Mapping[str, Optional[Tensor]]): per table, int32 [num_embeddings] rank of each row, None where the id
-            is the rank.
+        order (Mapping[str, Optional[Tensor]]): per table, int32 [num_embeddings] place of each row, None where the id
+            is the place.
         rows (Tensor): int64 [num_groups], rows of each group.
         frequencies (Tensor): int64 [num_groups], lookups of each group in the training data.
         counts_sha256 (str): digest of the counts that the groups were made from.
@@ -34,7 +34,7 @@ class FeatureGroups:
 
     bounds: Mapping[str, tuple[int, ...]]
     groups: Mapping[str, tuple[int, ...]]
-    ranks: Mapping[str, Tensor | None]
+    order: Mapping[str, Tensor | None]
     rows: Tensor
     frequencies: Tensor
     counts_sha256: str
@@ -46,7 +46,7 @@ class FeatureGroups:
     def group_of_rows(self, table: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The group of the rows ``start`` to ``stop`` of a table, int16 or int32 [stop - start], indexed by row id."""
         dtype = torch.int16 if self.num_groups <= torch.iinfo(torch.int16).max else torch.int32
-        return rows_from_segments(self.bounds[table], self.groups[table], self.ranks[table], dtype, start, stop)
+        return rows_from_segments(self.bounds[table], self.groups[table], self.order[table], dtype, start, stop)
 
 
 def log_rank_bounds(num_embeddings: int, num_groups: int) -> tuple[int, ...]:
@@ -75,18 +75,18 @@ def log_rank_groups(counts: Mapping[str, Tensor], groups_per_table: int) -> Feat
     _check(counts, groups_per_table)
     bounds: dict[str, tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
-    ranks: dict[str, Tensor | None] = {}
+    order: dict[str, Tensor | None] = {}
     frequencies: list[Tensor] = []
     first = 0
     for table, table_counts in counts.items():
-        ranks[table] = frequency_ranks(table_counts)
+        order[table] = frequency_order(table_counts)
         bounds[table] = log_rank_bounds(len(table_counts), groups_per_table)
         groups[table] = tuple(range(first, first + len(bounds[table]) - 1))
         first += len(groups[table])
-        ordered = counts_by_rank(table_counts, ranks[table])
+        ordered = counts_in_order(table_counts, order[table])
         frequencies += [part.sum() for part in ordered.split(torch.tensor(bounds[table]).diff().tolist())]
     rows = torch.cat([torch.tensor(b).diff() for b in bounds.values()])
-    return FeatureGroups(bounds, groups, ranks, rows, torch.stack(frequencies), counts_sha256(counts))
+    return FeatureGroups(bounds, groups, order, rows, torch.stack(frequencies), counts_sha256(counts))
 
 
 def equal_groups(counts: Mapping[str, Tensor], num_groups: int) -> FeatureGroups:
@@ -95,13 +95,13 @@ def equal_groups(counts: Mapping[str, Tensor], num_groups: int) -> FeatureGroups
     Source: section 3.2 and the authors' code (Leopold1423/mpe on GitHub).
     """
     _check(counts, num_groups)
-    ranks = {table: frequency_ranks(c) for table, c in counts.items()}
-    ordered = torch.cat([counts_by_rank(c, ranks[table]) for table, c in counts.items()])
+    order = {table: frequency_order(c) for table, c in counts.items()}
+    ordered = torch.cat([counts_in_order(c, order[table]) for table, c in counts.items()])
     size = -(-len(ordered) // num_groups)
-    # A stable sort keeps each table's own rank order, so that a group is one segment of ranks in every table.
-    order = torch.argsort(ordered, descending=True, stable=True)
+    # A stable sort keeps each table's own order, so that a group is one segment of it in every table.
+    by_count = torch.argsort(ordered, descending=True, stable=True)
     group = torch.empty(len(ordered), dtype=torch.int64)
-    group[order] = torch.arange(len(ordered)) // size
+    group[by_count] = torch.arange(len(ordered)) // size
     bounds: dict[str, tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for table, part in zip(counts, group.split([len(c) for c in counts.values()]), strict=True):
@@ -111,7 +111,7 @@ def equal_groups(counts: Mapping[str, Tensor], num_groups: int) -> FeatureGroups
     used = int(group.max()) + 1
     rows = torch.bincount(group, minlength=used)
     frequencies = torch.zeros(used, dtype=torch.int64).index_add_(0, group, ordered)
-    return FeatureGroups(bounds, groups, ranks, rows, frequencies, counts_sha256(counts))
+    return FeatureGroups(bounds, groups, order, rows, frequencies, counts_sha256(counts))
 
 
 def _check(counts: Mapping[str, Tensor], num_groups: int) -> None:

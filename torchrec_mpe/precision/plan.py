@@ -75,8 +75,8 @@ class PrecisionPlan:
         return packed_bytes(self.tables, learned_zero_rows=self.zero_row == "learned")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` (JSON) and, if a table's ids are no frequency ranks, ``<path>.<digest>.ranks.safetensors``."""
-        ranks = {name: t.ranks for name, t in self.tables.items() if t.ranks is not None}
+        """Write ``path`` (JSON), and ``<path>.<digest>.ranks.safetensors`` for ids that are not in frequency order."""
+        order = {name: t.order for name, t in self.tables.items() if t.order is not None}
         document: dict[str, Any] = {
             **_FORMAT.header(),
             "average_bits": round(self.average_bits, 6),
@@ -87,7 +87,7 @@ class PrecisionPlan:
                 name: {
                     "num_embeddings": t.num_embeddings,
                     "embedding_dim": t.embedding_dim,
-                    "rows": "ranked" if t.ranks is None else "mapped",
+                    "rows": "ranked" if t.order is None else "mapped",
                     "bounds": list(t.bounds),
                     "bits": list(t.bits),
                 }
@@ -96,14 +96,14 @@ class PrecisionPlan:
             "provenance": {**self.provenance, "versions": installed_versions()},
         }
         old = set(Path(path).parent.glob(_ranks_file(path, "*")))
-        if ranks:
+        if order:
             # Named by its digest: until the JSON is replaced, an older plan keeps its own.
-            digest = hashlib.sha256(save(ranks)).hexdigest()
+            digest = hashlib.sha256(save(order)).hexdigest()
             document["ranks_sha256"] = digest
             document["ranks_file"] = _ranks_file(path, digest[:12])
             sidecar = Path(path).parent / document["ranks_file"]
             with atomic_file(sidecar) as temporary:
-                save_file(ranks, temporary)
+                save_file(order, temporary)
             old.discard(sidecar)
         with atomic_file(path) as temporary:
             temporary.write_text(_readable_json(document))
@@ -116,7 +116,7 @@ class PrecisionPlan:
 
         Raises:
             ValueError: if the file is no precision plan, of another version, incomplete, or has unknown entries.
-            FileNotFoundError: if it, or the file of ranks that it needs, is missing.
+            FileNotFoundError: if it, or the file of places that it needs, is missing.
         """
         document = _FORMAT.read(Path(path))
         try:
@@ -188,17 +188,17 @@ def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) ->
     }  # fmt: skip
     if unknown := set(document) - known:
         raise ValueError(f"unknown entries {sorted(unknown)}")
-    ranks: Mapping[str, Tensor] = {}
+    order: Mapping[str, Tensor] = {}
     if "ranks_sha256" in document:
         if document["ranks_file"] != _ranks_file(path, document["ranks_sha256"][:12]):
-            raise ValueError(f"it names {document['ranks_file']!r} as the file of its ranks")
+            raise ValueError(f"it names {document['ranks_file']!r} as the file of its places")
         sidecar = Path(path).parent / document["ranks_file"]
         if not sidecar.exists():
-            raise FileNotFoundError(f"{path} needs {sidecar.name} beside it, the frequency rank of every row")
+            raise FileNotFoundError(f"{path} needs {sidecar.name} beside it, the order of its rows")
         if file_sha256(sidecar) != document["ranks_sha256"]:
             raise ValueError(f"{sidecar} does not belong to it: the digest differs")
         try:
-            ranks = load_file(sidecar)
+            order = load_file(sidecar)
         except SafetensorError as error:
             raise ValueError(f"{sidecar} cannot be read: {error}") from error
     tables: dict[str, TableBitWidths] = {}
@@ -210,7 +210,7 @@ def _from_document(document: Mapping[str, Any], path: str | os.PathLike[str]) ->
             entry["embedding_dim"],
             tuple(entry["bounds"]),
             tuple(entry["bits"]),
-            ranks[name] if entry["rows"] == "mapped" else None,
+            order[name] if entry["rows"] == "mapped" else None,
         )
     initialization = RowInitialization(document["initialization"]["seed"], document["initialization"]["std"])
     return PrecisionPlan(

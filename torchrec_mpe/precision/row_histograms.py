@@ -1,4 +1,4 @@
-"""What post-training quantization needs to know of a table's rows: histograms by segment of frequency ranks."""
+"""What post-training quantization needs to know of a table's rows: histograms by segment of the frequency order."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ _SMALLEST_RMS = 8  # parts of the smallest segment's root mean square that bins 
 
 @dataclass(frozen=True)
 class RowHistograms:
-    """Elements of a table's rows, weighted by the rows' lookups, by segment s of frequency ranks.
+    """Elements of a table's rows, weighted by the rows' lookups, by segment s of the frequency order.
 
     Elements are counted from ``center`` and put into bins that are narrow near 0 and wide far out (the inverse
     hyperbolic sine is cut evenly), because the spread of trained rows differs by orders of magnitude.
 
     Attributes:
-        bounds (tuple[int, ...]): S + 1 increasing ranks, from 0 to num_embeddings.
+        bounds (tuple[int, ...]): S + 1 increasing places, from 0 to num_embeddings.
         center (Tensor): float64 [D], the weighted mean row.
         weights (Tensor): float64 [S], sums of the rows' weights.
         sums (Tensor): float64 [S, D], weighted sums of ``row - center``.
@@ -90,7 +90,7 @@ def read_histograms(
     rows: RowSource,
     embedding_dim: int,
     bounds: Sequence[int],
-    ranks: Tensor | None,
+    order: Tensor | None,
     weights: Tensor,
     done: Callable[[int], object] = lambda rows: None,
 ) -> RowHistograms:
@@ -100,8 +100,8 @@ def read_histograms(
         name (str): table, for errors.
         rows (RowSource): called with increasing ids.
         embedding_dim (int): D.
-        bounds (Sequence[int]): S + 1 increasing ranks, from 0 to num_embeddings.
-        ranks (Optional[Tensor]): int32 [num_embeddings], None when ids are ranks.
+        bounds (Sequence[int]): S + 1 increasing places, from 0 to num_embeddings.
+        order (Optional[Tensor]): int32 [num_embeddings], None when ids are in that order.
         weights (Tensor): float64 [num_embeddings], positive, by row id.
         done (Callable[[int], object]): told the number of rows after each piece.
 
@@ -115,7 +115,7 @@ def read_histograms(
     largest = 0.0
     for start, chunk in read_pieces(name, rows, embedding_dim, bounds[-1]):
         stop = start + len(chunk)
-        chunk_weights, of_row = weights[start:stop], _segments(bounds, ranks, start, stop)
+        chunk_weights, of_row = weights[start:stop], _segments(bounds, order, start, stop)
         values = chunk.double()
         total += chunk_weights @ values
         weight.index_add_(0, of_row, chunk_weights)
@@ -133,7 +133,7 @@ def read_histograms(
     flat = torch.zeros(2, segments * _BINS, dtype=torch.float64)
     for start, chunk in read_pieces(name, rows, embedding_dim, bounds[-1]):
         stop = start + len(chunk)
-        chunk_weights, of_row = weights[start:stop], _segments(bounds, ranks, start, stop)
+        chunk_weights, of_row = weights[start:stop], _segments(bounds, order, start, stop)
         values = chunk.double() - center
         weighted = values * chunk_weights.unsqueeze(1)
         sums.index_add_(0, of_row, weighted)
@@ -186,5 +186,5 @@ def candidate_step_sizes(histograms: RowHistograms, number: int) -> Tensor:
     )
 
 
-def _segments(bounds: Sequence[int], ranks: Tensor | None, start: int, stop: int) -> Tensor:
-    return rows_from_segments(bounds, range(len(bounds) - 1), ranks, torch.int64, start, stop)
+def _segments(bounds: Sequence[int], order: Tensor | None, start: int, stop: int) -> Tensor:
+    return rows_from_segments(bounds, range(len(bounds) - 1), order, torch.int64, start, stop)

@@ -23,7 +23,7 @@ _EVERY = tuple(range(MAX_BITS + 1))
 
 KINDS: tuple[tuple[int, ...], ...] = (_EVERY, *((0, b) for b in _EVERY[1:]), *((b,) for b in _EVERY))
 """Widths that a table may have together. One width needs no directory, a bitmap tells rows of 0 bits from rows of one
-other width, and all other mixtures need a larger directory, unless ids are ranks."""
+other width, and all other mixtures need a larger directory, unless ids are in that order."""
 
 _FORBIDDEN = torch.full((len(KINDS), MAX_BITS + 1), float("inf"), dtype=torch.float64)
 for _kind, _widths in enumerate(KINDS):
@@ -31,7 +31,7 @@ for _kind, _widths in enumerate(KINDS):
 
 
 class ValidWidths(TableBitWidths):
-    """Widths cut from bounds and ranks that are known to fit: checking ranks takes time that grows with the rows."""
+    """Widths cut from bounds and order that are known to fit: checking order takes time that grows with the rows."""
 
     def __post_init__(self) -> None:
         pass
@@ -57,7 +57,7 @@ class Allocation:
     """Widths of a table's segments, and what they cost.
 
     Attributes:
-        bounds (tuple[int, ...]): ranks around the segments.
+        bounds (tuple[int, ...]): order around the segments.
         bits (tuple[int, ...]): of each segment.
         errors (Tensor): float64 [segments, 9], weighted squared error of each width.
         allowed (tuple[int, ...]): the widths that keep the kind of directory.
@@ -114,13 +114,13 @@ class TableCandidates:
     Args:
         name (str): table.
         histograms (RowHistograms): of its rows.
-        ranks (Optional[Tensor]): int32 [num_embeddings], None when ids are ranks.
+        order (Optional[Tensor]): int32 [num_embeddings], None when ids are in that order.
         zero_row (bool): 0-bit rows read their weighted mean, not zeros.
     """
 
-    def __init__(self, name: str, histograms: RowHistograms, ranks: Tensor | None, zero_row: bool) -> None:
+    def __init__(self, name: str, histograms: RowHistograms, order: Tensor | None, zero_row: bool) -> None:
         self.name = name
-        self.ranks = ranks
+        self.order = order
         self.embedding_dim = len(histograms.center)
         # Of the histograms only what is small is kept: there may be a thousand tables.
         self.bounds = histograms.bounds
@@ -144,7 +144,7 @@ class TableCandidates:
 
     def widths(self, bounds: Sequence[int], bits: Sequence[int]) -> TableBitWidths:
         """Bit-widths of these segments, without the checks that take time."""
-        return ValidWidths(bounds[-1], self.embedding_dim, tuple(bounds), tuple(bits), self.ranks)
+        return ValidWidths(bounds[-1], self.embedding_dim, tuple(bounds), tuple(bits), self.order)
 
     def total_bytes(self, bounds: Sequence[int], bits: Sequence[int]) -> int:
         """Bytes of rows, runs and directory."""

@@ -69,7 +69,7 @@ def tables() -> list[EmbeddingBagConfig]:
 
 
 def prepared(case: Case) -> Model:
-    """Half of the tables have ids that are frequency ranks."""
+    """Half of the tables have ids in frequency order."""
     model = Model(tables(), case.weighted, case.cached)
     generator = torch.Generator().manual_seed(0)
     counts = {t.name: torch.randint(1, 100, (ROWS,), generator=generator) for t in tables()}
@@ -138,9 +138,9 @@ def held_by(ebc: ShardedMPEEmbeddingBagCollection) -> dict[str, Any]:
     ranks = 0
     for quantizer in ebc.quantizers().values():
         if isinstance(quantizer, SearchQuantizer):
-            ranks += quantizer.groups.ranks.local_bytes  # type: ignore[attr-defined]
+            ranks += quantizer.groups.order.local_bytes  # type: ignore[attr-defined]
         elif isinstance(quantizer, RetrainQuantizer):
-            ranks += quantizer.widths._ranks.local_bytes  # type: ignore[attr-defined]
+            ranks += quantizer.widths._order.local_bytes  # type: ignore[attr-defined]
     return {
         "rows": nbytes(values for tbe in tbes for values in tbe.split_embedding_weights()),
         "optimizer_state": nbytes(
@@ -153,7 +153,7 @@ def held_by(ebc: ShardedMPEEmbeddingBagCollection) -> dict[str, Any]:
         + sum(cache["optimizer_state"] for cache in caches),
         **{kind: sum(cache[kind] for cache in caches) for kind in ("store", "cache", "spill", "directory")},
         "row_map": nbytes(ebc.row_maps()),
-        "frequency_ranks": ranks,
+        "frequency_order": ranks,
     }
 
 

@@ -116,7 +116,7 @@ def test_widths_of_a_range_are_those_of_its_rows(mapped: bool) -> None:
     for start, stop in ((0, 1_000), (0, 1), (37, 640), (990, 1_000)):
         part = widths_of_rows(whole, start, stop)
         assert torch.equal(part.of_rows(), whole.of_rows()[start:stop])
-        assert (part.ranks is None) == (not mapped)
+        assert (part.order is None) == (not mapped)
         assert packed_bytes({"t": part}).total == packed_bytes({"t": shape_of_rows(whole, start, stop)}).total
     with pytest.raises(ValueError, match="rows 5 to 1001 are no part of a table of 1000 rows"):
         widths_of_rows(whole, 5, 1_001)

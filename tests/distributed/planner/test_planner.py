@@ -202,7 +202,7 @@ def test_a_cpu_s_memory_is_the_host_s() -> None:
     report = made.report()
     assert report.host_bytes == (0, 0)
     assert sum(report.device_bytes) == sum(report.tables[0].by_kind.values())
-    assert report.tables[0].by_kind["frequency_ranks"] == 500_000 * 4
+    assert report.tables[0].by_kind["frequency_order"] == 500_000 * 4
 
 
 def test_a_failed_plan_leaves_none_to_report() -> None:

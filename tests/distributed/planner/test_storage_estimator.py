@@ -14,7 +14,7 @@ from tests.distributed.ranks import Ranks
 from torchrec_mpe.distributed.planner.lookups import distinct_rows
 from torchrec_mpe.distributed.planner.optimizer_state import state_bytes_per_row
 
-EXACT = ("rows", "store", "cache", "spill", "optimizer_state", "directory", "row_map", "frequency_ranks")
+EXACT = ("rows", "store", "cache", "spill", "optimizer_state", "directory", "row_map", "frequency_order")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_what_stays_is_exact(case: Case, measured: dict[Case, list[dict[str, Any
         assert {kind: rank["estimate"][kind] for kind in EXACT} == {kind: rank[kind] for kind in EXACT}
         assert rank["store" if case.cached else "rows"] > 0
         assert (rank["row_map"] > 0) == (case.phase != "plain")
-    # Two of the tables have ids that are frequency ranks: the others' are held once over all ranks.
-    held = sum(rank["frequency_ranks"] for rank in measured[case])
+    # Two of the tables have ids in frequency order: the others' is held once over all ranks.
+    held = sum(rank["frequency_order"] for rank in measured[case])
     assert held == (0 if case.phase == "plain" else 2 * ROWS * 4)
 
 

@@ -46,11 +46,11 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
 def test_digests_tell_plans_apart() -> None:
     plan = _plan()
     t1 = plan.tables["t1"]
-    assert t1.ranks is not None
+    assert t1.order is not None
     others = [
         replace(plan, zero_row="zero"),
         replace(plan, initialization=RowInitialization(seed=7)),
-        replace(plan, tables={**plan.tables, "t1": replace(t1, ranks=t1.ranks.flip(0))}),
+        replace(plan, tables={**plan.tables, "t1": replace(t1, order=t1.order.flip(0))}),
         replace(plan, tables={**plan.tables, "t1": replace(t1, bits=tuple(reversed(t1.bits)))}),
     ]
     assert len({plan_sha256(p) for p in (plan, *others)}) == 5

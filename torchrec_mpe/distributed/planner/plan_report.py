@@ -22,7 +22,7 @@ _KINDS = {
     "inputs_outputs": "in/out",
     "activations": "activations",
     "gradients": "gradients",
-    "frequency_ranks": "ranks (host)",
+    "frequency_order": "order (host)",
 }
 
 

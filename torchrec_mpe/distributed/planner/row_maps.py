@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, SearchQuantizer
 
-_RANK_BYTES = 4  # int32
+_PLACE_BYTES = 4  # int32
 # Before a phase is prepared: int16 reaches as far as 32,767 feature groups of one embedding dimension.
 _MAP_BYTES = {Phase.PLAIN: 0, Phase.SEARCH: 2, Phase.RETRAIN: 1}
 
@@ -16,7 +16,7 @@ class RowMapBytes:
 
     Attributes:
         device (int): the row map, on the device of the rows: the feature group (search) or candidate (retrain).
-        host (int): the frequency rank, in host memory; 0 if the table's ids are frequency ranks.
+        host (int): the place in the frequency order, in host memory; 0 if the table's ids are in frequency order.
     """
 
     device: int = 0
@@ -27,7 +27,7 @@ def row_map_bytes(collection: MPEEmbeddingBagCollection, table: str, phase: Phas
     """What a table keeps for every row in a phase.
 
     If the collection is not in that phase yet, a map of int16 (search) or uint8 (retrain) is taken and ids that are not
-    frequency ranks.
+    places in the frequency order.
 
     Args:
         collection (MPEEmbeddingBagCollection): unsharded.
@@ -37,11 +37,11 @@ def row_map_bytes(collection: MPEEmbeddingBagCollection, table: str, phase: Phas
     if phase is Phase.PLAIN:
         return RowMapBytes()
     if collection.phase is not phase:
-        return RowMapBytes(_MAP_BYTES[phase], _RANK_BYTES)
+        return RowMapBytes(_MAP_BYTES[phase], _PLACE_BYTES)
     quantizer = next(q for q in collection.quantizers().values() if table in q.num_embeddings)
-    ranks = None
+    order = None
     if isinstance(quantizer, SearchQuantizer):
-        ranks = quantizer.groups.ranks[table]
+        order = quantizer.groups.order[table]
     elif isinstance(quantizer, RetrainQuantizer):
-        ranks = quantizer.widths[table].ranks
-    return RowMapBytes(quantizer.row_map(table, 0, 1).dtype.itemsize, 0 if ranks is None else _RANK_BYTES)
+        order = quantizer.widths[table].order
+    return RowMapBytes(quantizer.row_map(table, 0, 1).dtype.itemsize, 0 if order is None else _PLACE_BYTES)

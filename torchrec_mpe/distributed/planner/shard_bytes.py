@@ -39,7 +39,7 @@ class ShardBytes:
         inputs_outputs (int): ids and pooled embeddings as TorchRec estimates them; for FUSED_UVM_CACHING its cache too.
         activations (int): unpooled rows and index tensors saved for backward.
         gradients (int): of the unpooled rows; for dense kernels of the weights too, with DDP's bucket.
-        frequency_ranks (int): in host memory.
+        frequency_order (int): in host memory.
         store (int): of a cached table, its rows and their optimizer state in low precision.
         cache (int): of a cached table, the cache's float32 rows.
         spill (int): of a cached table, the spill area's float32 rows.
@@ -57,7 +57,7 @@ class ShardBytes:
     inputs_outputs: int = 0
     activations: int = 0
     gradients: int = 0
-    frequency_ranks: int = 0
+    frequency_order: int = 0
     store: int = 0
     cache: int = 0
     spill: int = 0
@@ -72,7 +72,7 @@ class ShardBytes:
         """Bytes in host memory for which there is no room on the device."""
         rows = self.rows if self.rows_on_host else 0
         state = self.optimizer_state if self.state_on_host else 0
-        return rows + self.frequency_ranks + state + (self.store if self.store_on_host else 0)
+        return rows + self.frequency_order + state + (self.store if self.store_on_host else 0)
 
     @property
     def device(self) -> int:
@@ -163,7 +163,7 @@ def bytes_of_shards(
                 inputs_outputs=inputs_outputs,
                 activations=unpooled.activations,
                 gradients=gradients,
-                frequency_ranks=rows * per_row.host if first_columns and not (replicated and number) else 0,
+                frequency_order=rows * per_row.host if first_columns and not (replicated and number) else 0,
                 rows_on_host=on_host,
                 state_on_host=on_host and not option.enforce_hbm,
                 ssd=estimated.ssd,

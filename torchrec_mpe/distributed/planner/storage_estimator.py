@@ -103,7 +103,7 @@ class MPEStorageEstimator(ShardEstimator):
             self._estimators[plain].estimate([reduced], self._sharders)
         storages = [shard.storage for shard in reduced.shards]
         if not ours:
-            return [ShardBytes(inputs_outputs=s.hbm, frequency_ranks=s.ddr, ssd=s.ssd) for s in storages], like
+            return [ShardBytes(inputs_outputs=s.hbm, frequency_order=s.ddr, ssd=s.ssd) for s in storages], like
         fused_params = self._sharders[option.module_type_key].fused_params
         topology, constraints, count = self._topology, self._constraints, self._count_lookups
         found = bytes_of_shards(reduced, storages, topology, constraints, fused_params, self._phase, count)

@@ -35,7 +35,7 @@ def plan_sha256(plan: PrecisionPlan) -> str:
             table.embedding_dim,
             list(table.bounds),
             list(table.bits),
-            None if table.ranks is None else sha256_of_tensor(table.ranks),
+            None if table.order is None else sha256_of_tensor(table.order),
         ]
         for name, table in plan.tables.items()
     }

@@ -31,7 +31,7 @@ class RowRange:
 def widths_of_range(packed: PackedTables, rows: RowRange) -> TableBitWidths:
     """The bit-widths of a range of packed rows, read from the directory; ids count from the range's first row.
 
-    Work is per run with a RANKED directory, else per row. Ids that are no frequency ranks get ranks by bit-width,
+    Work is per run with a RANKED directory, else per row. Ids that are not in frequency order are ordered by bit-width,
     widest first: the frequencies themselves are not stored.
 
     Args:
@@ -58,13 +58,13 @@ def widths_of_range(packed: PackedTables, rows: RowRange) -> TableBitWidths:
         of_rows[start - rows.first_row : stop - rows.first_row] = widths.to(torch.uint8)
     counts = torch.bincount(of_rows, minlength=MAX_BITS + 1).tolist()
     widest_first = [b for b in range(MAX_BITS, -1, -1) if counts[b]]
-    ranks = None
+    places = None
     if len(widest_first) > 1:
-        ranks = torch.empty(rows.num_rows, dtype=torch.int32)
+        places = torch.empty(rows.num_rows, dtype=torch.int32)
         order = of_rows.argsort(descending=True, stable=True)
-        ranks[order] = torch.arange(rows.num_rows, dtype=torch.int32)
+        places[order] = torch.arange(rows.num_rows, dtype=torch.int32)
     bounds = (0, *accumulate(counts[b] for b in widest_first))
-    return TableBitWidths(rows.num_rows, shape.embedding_dim, bounds, tuple(widest_first), ranks)
+    return TableBitWidths(rows.num_rows, shape.embedding_dim, bounds, tuple(widest_first), places)
 
 
 def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:

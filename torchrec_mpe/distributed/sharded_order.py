@@ -1,4 +1,4 @@
-"""Frequency ranks of rows, each rank of the job holding those of its own rows."""
+"""The frequency order of rows, each rank of the job holding the places of its own rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 
 
-class ShardedRanks(Mapping[str, Tensor | None]):
-    """The frequency rank of every row by table, sharded like the rows and put together when a table's are read.
+class ShardedOrder(Mapping[str, Tensor | None]):
+    """The place of every row in the frequency order, by table: sharded like the rows, put together when read.
 
     Reading a table is a collective: every rank of the group reads the same tables in the same order.
 
     Args:
-        ranks (Mapping[str, Optional[Tensor]]): per table, int32 [num_embeddings]; None where ids are ranks. Not kept.
-        shards (Iterable[tuple[str, int, int]]): table, first row and rows of each shard of this rank whose ranks it is
+        order (Mapping[str, Optional[Tensor]]): per table, int32 [num_embeddings]; None where ids are in it. Not kept.
+        shards (Iterable[tuple[str, int, int]]): table, first row and rows of each shard of this rank whose places it is
             to hold; over all ranks they cover every row of a table once.
         group (Optional[ProcessGroup]): of the ranks; alone if None.
         device (torch.device): where the group's collectives work.
@@ -24,15 +24,15 @@ class ShardedRanks(Mapping[str, Tensor | None]):
 
     def __init__(
         self,
-        ranks: Mapping[str, Tensor | None],
+        order: Mapping[str, Tensor | None],
         shards: Iterable[tuple[str, int, int]],
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
-        self._num_embeddings = {table: None if whole is None else len(whole) for table, whole in ranks.items()}
+        self._num_embeddings = {table: None if whole is None else len(whole) for table, whole in order.items()}
         self._shards: dict[str, list[tuple[int, Tensor]]] = {}
         for table, first, rows in shards:
-            whole = ranks[table]
+            whole = order[table]
             if whole is not None:
                 self._shards.setdefault(table, []).append((first, whole[first : first + rows].cpu().clone()))
         self._group = group
