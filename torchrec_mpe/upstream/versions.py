@@ -59,7 +59,7 @@ MIXES = (
     Mix((2, 13), (1, 8), (1, 8), run=("2.13.0", "1.8.0", "1.8.0"), tests="all tests, on Python 3.11 and a CPU"),
     Mix(
         (2, 14), (1, 9), (1, 9), run=("2.14.1", "1.9.0", "1.9.2"),
-        tests="operators built and loaded on Python 3.13 and a CPU; `make test-newest` tests them",
+        tests="the tests of `make test-newest`, on Python 3.13 and a CPU",
     ),
 )  # fmt: skip
 TESTED_MIX = next(mix for mix in MIXES if mix.run is not None)
