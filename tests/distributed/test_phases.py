@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -103,6 +104,7 @@ def test_order_of_steps_is_told() -> None:
     searching = adagrad(Case((TW,)))
     with pytest.raises(KeyError, match="no bit-widths for table t1"):
         mpe.prepare_retrain_(searching, uniform_precision([t for t in tables(Case((TW,))) if t.name != "t1"], 4))
+    assert any(isinstance(m, DistributedDataParallel) for m in searching.modules()), "it keeps its DDP"
 
 
 def test_what_torchrec_computes_wrongly_is_refused() -> None:
