@@ -12,9 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
 )
 from torch import Tensor
 
-from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes, unpack_codes
-from torchrec_mpe.ops.reference.locate import locate
 from torchrec_mpe.packing.packed_tables import PackedTables
 
 SPARSE_TYPES = (SparseType.INT2, SparseType.INT4, SparseType.INT8)
@@ -165,17 +163,8 @@ def _formats(packed: PackedTables, t: int) -> Tensor:
 
 def _locate(packed: PackedTables, t: int, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Where rows of a table start in ``packed.weights``, and their widths, int64."""
-    runs = slice(int(packed.run_offsets[t]), int(packed.run_offsets[t + 1]))
-    starts, bits = locate(
-        ids,
-        Directory(int(packed.directory_kinds[t])),
-        packed.directory[max(int(packed.directory_offsets[t]), 0) :],
-        packed.tables[t].num_embeddings,
-        row_bytes(packed.tables[t].embedding_dim, 1),
-        packed.run_records[runs],
-        packed.run_starts[runs],
-    )
-    return starts + packed.weights_offsets[t], bits
+    located = packed.locate(t, ids)
+    return (located.starts >> 3) + packed.weights_offsets[t], located.coding
 
 
 def _positions(formats: Tensor) -> Tensor:

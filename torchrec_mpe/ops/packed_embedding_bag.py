@@ -30,6 +30,11 @@ def packed_embedding_bag(
     scale_index: Tensor,
     zero_rows: Tensor,
     zero_row_offsets: Tensor,
+    levels: Tensor,
+    levels_offsets: Tensor,
+    bases: Tensor,
+    bases_offsets: Tensor,
+    components: Tensor,
     D_offsets: Sequence[int],  # noqa: N803  (FBGEMM's name)
     feature_table_map: Sequence[int],
     pooling_mode: Sequence[int],
@@ -50,10 +55,13 @@ def packed_embedding_bag(
     0-bit rows; MEAN divides by the number of ids of the bag. An empty bag is zeros. Nothing requires a gradient.
     Source: MPE (arXiv 2409.20305) for the quantizer, LSQ+ (arXiv 2004.09576).
 
+    A transformed row of a coded table adds ``w_i * (sum_k (scale_k * code_k + offset_k) * basis_k + mean)``.
+
     Args:
         weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets, directory_kinds, directory,
-            directory_offsets, alpha, beta, beta_offsets, scale_index, zero_rows, zero_row_offsets (Tensor): the
-            tensors of :class:`torchrec_mpe.packing.packed_tables.PackedTables`, which draws their layout.
+            directory_offsets, alpha, beta, beta_offsets, scale_index, zero_rows, zero_row_offsets, levels,
+            levels_offsets, bases, bases_offsets, components (Tensor): the tensors of
+            :class:`torchrec_mpe.packing.packed_tables.PackedTables`, which draws their layout.
         D_offsets (Sequence[int]): F + 1 columns, where each feature's output starts; the last is total_D.
         feature_table_map (Sequence[int]): F tables.
         pooling_mode (Sequence[int]): F of FBGEMM's PoolingMode values, 0 SUM or 1 MEAN.
@@ -98,6 +106,11 @@ def packed_embedding_bag(
             scale_index,
             zero_rows,
             zero_row_offsets,
+            levels,
+            levels_offsets,
+            bases,
+            bases_offsets,
+            components,
             D_offsets,
             feature_table_map,
             pooling_mode,
@@ -140,8 +153,8 @@ def _compiled(weights: Tensor, *arguments: Any) -> Tensor:
 
 
 def _fake(weights: Tensor, *arguments: Any) -> Tensor:
-    columns, features, offsets = arguments[14], len(arguments[15]), arguments[18]
-    dtype = arguments[20]
+    columns, features, offsets = arguments[19], len(arguments[20]), arguments[23]
+    dtype = arguments[25]
     batch = (offsets.numel() - 1) // features if features else 0
     return weights.new_empty((batch, columns[-1]), dtype=dtype)
 

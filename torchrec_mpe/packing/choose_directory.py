@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.bit_widths import TableBitWidths
-from torchrec_mpe.packing.layout import CollectionLayout, TableLayout, lay_out_table
+from torchrec_mpe.packing.layout import CollectionLayout, TableLayout, lay_out_coded_table, lay_out_table
+from torchrec_mpe.packing.table_coding import TableCoding
 
 DIRECTORY_CHOICES = ("auto", "ranked", "remap", "nibble", "bitmap")
 """What a caller can ask for. "bitmap" is BITMAP if the kept rows have one width, else BITMAP_NIBBLE."""
@@ -69,11 +70,14 @@ def choose_directory(name: str, widths: TableBitWidths, directory: str = "auto")
     raise ValueError(f"table {name} cannot have a {directory} directory, {why}: choose auto or one of {names}")
 
 
-def lay_out(tables: Mapping[str, TableBitWidths], directory: str | Mapping[str, str] = "auto") -> CollectionLayout:
+def lay_out(
+    tables: Mapping[str, TableBitWidths | TableCoding], directory: str | Mapping[str, str] = "auto"
+) -> CollectionLayout:
     """Choose every table's directory and place every run; work is per run, never per row.
 
     Args:
-        tables (Mapping[str, TableBitWidths]): table names, in the order of the collection, to widths.
+        tables (Mapping[str, TableBitWidths | TableCoding]): table names, in the order of the collection, to widths or
+            codings.
         directory (Union[str, Mapping[str, str]]): one of :data:`DIRECTORY_CHOICES` for all tables, or by table name;
             "auto" for those that are not named.
 
@@ -82,7 +86,25 @@ def lay_out(tables: Mapping[str, TableBitWidths], directory: str | Mapping[str, 
             more rows than int32 places can count.
     """
     chosen = directory_by_table(list(tables), directory)
-    return CollectionLayout(tuple(choose_directory(name, widths, chosen[name]) for name, widths in tables.items()))
+    return CollectionLayout(
+        tuple(
+            _directory_of_coded(name, widths, chosen[name])
+            if isinstance(widths, TableCoding)
+            else choose_directory(name, widths, chosen[name])
+            for name, widths in tables.items()
+        )
+    )
+
+
+def _directory_of_coded(name: str, coding: TableCoding, directory: str) -> TableLayout:
+    """The layout of a coded table: ranked where its ids are in the frequency order, else a remap."""
+    kind = Directory.RANKED if coding.order is None else Directory.REMAP
+    if directory not in ("auto", kind.name.lower()):
+        raise ValueError(
+            f"table {name} is transform-coded with its ids {'in' if coding.order is None else 'not in'} the frequency "
+            f"order: its directory is {kind.name.lower()}, not {directory!r}"
+        )
+    return lay_out_coded_table(name, coding, kind)
 
 
 def directory_by_table(tables: list[str], directory: str | Mapping[str, str]) -> dict[str, str]:

@@ -24,11 +24,13 @@ def declared_layouts(packed: PackedTables, rows_per_width: Sequence[Sequence[int
             bitmap's last line.
     """
     layouts: list[TableLayout] = []
-    offsets, run_offsets = packed.directory_offsets.tolist(), packed.run_offsets.tolist()
+    offsets = packed.directory_offsets.tolist()
     kinds = [Directory(kind) for kind in packed.directory_kinds.tolist()]
     for t, (table, kind, declared) in enumerate(zip(packed.tables, kinds, rows_per_width, strict=True)):
         rows = table.num_embeddings
-        if len(declared) != MAX_BITS + 1 or min(declared) < 0 or sum(declared) != rows:
+        coded = packed.components_of(t) is not None
+        wrong = sum(declared) > rows if coded else sum(declared) != rows
+        if len(declared) != MAX_BITS + 1 or min(declared) < 0 or wrong:
             raise ValueError(f"table {table.name}: {list(declared)} rows of each bit-width are not its {rows} rows")
         kept = kept_rows(packed.directory[offsets[t] :], rows) if kind in _BITMAPS else rows
         found = [0] * (MAX_BITS + 1)
@@ -37,20 +39,16 @@ def declared_layouts(packed: PackedTables, rows_per_width: Sequence[Sequence[int
             found[1:] = list(declared[1:])
             found[0] = declared[0] if kind == Directory.NIBBLE else rows - kept
         else:
-            first, last = run_offsets[t], run_offsets[t + 1]
-            starts = packed.run_starts[first:last].tolist()
-            records = packed.run_records[first:last].tolist()
-            runs = tuple(
-                Run.from_record((offset, size), start, stop - start)
-                for (offset, size), start, stop in zip(records, starts, [*starts[1:], kept], strict=True)
-            )
+            runs = packed.runs(t, kept)
             for run in runs:
-                found[run.bits] += run.rows
+                if not run.is_transformed:
+                    found[run.bits] += run.rows
             found[0] += rows - kept
         if found != list(declared):
             raise ValueError(
                 f"table {table.name}: it has {found} rows of each bit-width, other bit-widths than the declared "
                 f"{list(declared)}"
             )
-        layouts.append(TableLayout(table.name, rows, table.embedding_dim, kind, tuple(declared), runs))
+        shape = (table.name, rows, table.embedding_dim)
+        layouts.append(TableLayout(*shape, kind, tuple(declared), runs, packed.components_of(t)))
     return tuple(layouts)

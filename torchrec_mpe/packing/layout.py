@@ -5,10 +5,15 @@ from itertools import accumulate
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.ops.reference.run_coding import TRANSFORMED, level_count
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
+from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
 
 ALIGNMENT = 64
 """Bytes to whose multiple tables, runs and directories are aligned: a cache line, and the widest vector load."""
+
+CODED_ALIGNMENT = 8
+"""Bytes to whose multiple coded tables are aligned at least: their tables may be small, and every byte counts."""
 
 END_PADDING = 64
 """Bytes after the last row, so that a 64-byte load that starts inside any row stays in the buffer."""
@@ -27,44 +32,61 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring ranks of one bit-width, stored one after another.
+    """Neighbouring ranks of one coding, stored one after another.
 
     Attributes:
         first (int): rank of the first row.
         rows (int): number of rows.
-        bits (int): bit-width, 0 to 8.
-        row_bytes (int): bytes of a row.
-        base (int): byte of the table where the first row starts; 0 for 0 bits, which are not stored.
+        coding (int): of plain rows the bit-width, 0 to 8; of transformed rows the widths of their blocks, see
+            :mod:`torchrec_mpe.ops.reference.run_coding`.
+        row_bits (int): bits of a row.
+        base (int): bit of the table where the first row starts; 0 for rows without bits, which are not stored.
     """
 
     first: int
     rows: int
-    bits: int
-    row_bytes: int
+    coding: int
+    row_bits: int
     base: int
 
     @property
+    def is_transformed(self) -> bool:
+        """Whether rows are codes of components."""
+        return bool(self.coding & TRANSFORMED)
+
+    @property
+    def bits(self) -> int:
+        """The bit-width of plain rows."""
+        return self.coding
+
+    @property
+    def first_byte(self) -> int:
+        """The byte of the table where the first row starts."""
+        return self.base // 8
+
+    @property
     def end(self) -> int:
-        """The byte after the last row."""
-        return self.base + self.rows * self.row_bytes
+        """The byte after the last row's."""
+        return -(-(self.base + self.rows * self.row_bits) // 8)
 
     @property
     def record(self) -> tuple[int, int]:
-        """The run's 16 bytes as two little-endian int64: where rank 0 would lie, and row_bytes with bits above it.
+        """The run's 16 bytes as two little-endian int64: where rank 0 would lie, and row_bits with the coding above it.
 
-        The row of rank r lies at byte ``record[0] + r * row_bytes`` of its table. A 0-bit run is all zeros, so that a
-        kernel without branches reads the table's first bytes and multiplies them by ``alpha[0] = 0``::
+        The row of rank r lies at bit ``record[0] + r * row_bits`` of its table. A plain run of 0 bits is all zeros, so
+        that a kernel without branches reads the table's first bytes and multiplies them by ``alpha[0] = 0``::
 
-            byte    0                              8              12             16
-                    | int64 base - first*row_bytes | u32 row_bytes | u32 bits    |
+            byte    0                             8             12            16
+                    | int64 base - first*row_bits | u32 row_bits | u32 coding |
         """
-        return self.base - self.first * self.row_bytes, self.row_bytes | self.bits << 32
+        high = self.coding - (1 << 32) if self.is_transformed else self.coding  # an int64's highest bit is its sign
+        return self.base - self.first * self.row_bits, self.row_bits | high << 32
 
     @staticmethod
     def from_record(record: tuple[int, int], first: int, rows: int) -> "Run":
         """The run whose :attr:`record` this is."""
-        size, bits = record[1] & 0xFFFFFFFF, record[1] >> 32
-        return Run(first, rows, bits, size, record[0] + first * size)
+        size, coding = record[1] & 0xFFFFFFFF, record[1] >> 32 & 0xFFFFFFFF
+        return Run(first, rows, coding, size, record[0] + first * size)
 
 
 @dataclass(frozen=True)
@@ -76,8 +98,9 @@ class TableLayout:
         num_embeddings (int): rows.
         embedding_dim (int): elements of a row.
         directory (Directory): how ids find rows.
-        rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
+        rows_per_width (tuple[int, ...]): plain rows of each bit-width, 9 numbers; all others are transformed.
         runs (tuple[Run, ...]): in rank order; none with NIBBLE and BITMAP_NIBBLE, and with BITMAP the kept rows'.
+        components (Optional[int]): K of a coded table; None: it is not coded.
     """
 
     name: str
@@ -86,6 +109,7 @@ class TableLayout:
     directory: Directory
     rows_per_width: tuple[int, ...]
     runs: tuple[Run, ...]
+    components: int | None = None
 
     @property
     def has_zero_bits(self) -> bool:
@@ -100,12 +124,35 @@ class TableLayout:
     @property
     def payload_bytes(self) -> int:
         """Bytes of the packed rows alone."""
+        if self.components is not None:
+            return -(-sum(run.rows * run.row_bits for run in self.runs) // 8)
         return sum(rows * row_bytes(self.embedding_dim, bits) for bits, rows in enumerate(self.rows_per_width))
 
     @property
     def end(self) -> int:
         """The byte after the last row, counted from the table's first byte; gaps between runs lie before it."""
-        return max((run.end for run in self.runs if run.bits), default=0) if self.runs else self.payload_bytes
+        return max((run.end for run in self.runs if run.row_bits), default=0) if self.runs else self.payload_bytes
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to whose multiple the table's first byte is aligned: 64, but in a coded table what its runs need."""
+        if self.components is None:
+            return ALIGNMENT
+        return max(
+            (run_alignment(run.row_bits // 8) for run in self.runs if not run.is_transformed), default=CODED_ALIGNMENT
+        )
+
+    @property
+    def levels(self) -> int:
+        """Levels of a coded table's runs."""
+        return sum(level_count(run.coding, self.components) for run in self.runs) if self.components is not None else 0
+
+    @property
+    def transform_bytes(self) -> int:
+        """Bytes of levels, basis and mean."""
+        if self.components is None:
+            return 0
+        return 2 * self.levels + 2 * (self.components + 1) * self.embedding_dim
 
     @property
     def bitmap_bytes(self) -> int:
@@ -131,7 +178,7 @@ class TableLayout:
     @property
     def total_bytes(self) -> int:
         """Bytes that depend on the directory kind: rows, runs, remap or lines, each aligned."""
-        return aligned(self.end) + aligned(self.directory_bytes) + len(self.runs) * RUN_BYTES
+        return aligned(self.end) + aligned(self.directory_bytes) + len(self.runs) * RUN_BYTES + self.transform_bytes
 
 
 @dataclass(frozen=True)
@@ -151,12 +198,22 @@ class CollectionLayout:
     @property
     def weights_offsets(self) -> tuple[int, ...]:
         """The byte where each table starts."""
-        return (0, *accumulate(aligned(table.end) for table in self.tables))[:-1]
+        return self._spans[:-1]
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of all rows, alignment and the padding at the end."""
-        return sum(aligned(table.end) for table in self.tables) + END_PADDING
+        return self._spans[-1] + END_PADDING
+
+    @property
+    def _spans(self) -> tuple[int, ...]:
+        """Where each table starts, and where the last one ends."""
+        spans, end = [], 0
+        for table in self.tables:
+            start = -(-end // table.alignment) * table.alignment
+            end = start + (aligned(table.end) if table.components is None else table.end)
+            spans.append(start)
+        return (*spans, aligned(end))
 
     @property
     def directory_offsets(self) -> tuple[int, ...]:
@@ -189,10 +246,47 @@ def lay_out_table(name: str, widths: TableBitWidths, directory: Directory) -> Ta
     end = 0
     for (first, bits), stop in zip(starts, stops, strict=False):  # kinds without runs have a stop all the same
         base = aligned(end) if bits else 0
-        run = Run(first, stop - first, bits, row_bytes(widths.embedding_dim, bits), base)
+        run = Run(first, stop - first, bits, 8 * row_bytes(widths.embedding_dim, bits), 8 * base)
         end = run.end if bits else end
         runs.append(run)
     return TableLayout(name, widths.num_embeddings, widths.embedding_dim, directory, rows_per_width, tuple(runs))
+
+
+def run_alignment(size: int) -> int:
+    """Bytes to which a run of plain rows of ``size`` bytes is aligned in a coded table.
+
+    The largest power of two that divides a row's bytes, so that rows cross no more cache lines than they must, and
+    little is lost: at least 8, as tables begin so, at most 64.
+    """
+    return min(max(size & -size, CODED_ALIGNMENT), ALIGNMENT)
+
+
+def lay_out_coded_table(name: str, coding: TableCoding, directory: Directory) -> TableLayout:
+    """Place every run of a coded table, one after another in the frequency order.
+
+    Raises:
+        ValueError: if the table has more rows than int32 ranks can count, or the directory cannot serve it.
+    """
+    rows, dim = coding.num_embeddings, coding.embedding_dim
+    if rows > MAX_ROWS:
+        raise ValueError(f"table {name}: {rows} rows are more than the format's {MAX_ROWS}")
+    if directory not in (Directory.RANKED, Directory.REMAP):
+        raise ValueError(f"table {name}: a coded table has a ranked or a remap directory, not {directory.name.lower()}")
+    runs: list[Run] = []
+    rows_per_width = [0] * (MAX_BITS + 1)
+    end = 0
+    for first, stop, group in zip(coding.bounds, coding.bounds[1:], coding.groups, strict=False):
+        size = group.row_bits(dim)
+        base = end if size else 0
+        if isinstance(group, PlainRows):
+            rows_per_width[group.bits] += stop - first
+            if size:
+                alignment = 8 * run_alignment(size // 8)
+                base = -(-base // alignment) * alignment
+        run = Run(first, stop - first, group.record_coding, size, base)
+        end = run.base + run.rows * size if size else end
+        runs.append(run)
+    return TableLayout(name, rows, dim, directory, tuple(rows_per_width), tuple(runs), coding.components)
 
 
 def stored_runs(widths: TableBitWidths, directory: Directory) -> list[tuple[int, int]]:

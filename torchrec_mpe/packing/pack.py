@@ -13,7 +13,9 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.directory_lines import row_bits, write_directory
 from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout
+from torchrec_mpe.packing.pack_coded import CodedTableToPack, coding_tensors, pack_coded_rows_
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
+from torchrec_mpe.packing.table_coding import TableCoding
 
 _CHUNK_ELEMENTS = 1 << 21  # 8 MiB of float32 rows at a time
 
@@ -44,16 +46,16 @@ class TableToPack:
     directory: str = "auto"
 
 
-def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
+def pack_tables(tables: Sequence[TableToPack | CodedTableToPack]) -> PackedTables:
     """Quantize and pack tables into one table-batched buffer, a few MiB of rows at a time.
 
     Tables of one embedding dimension that all come with equal alpha and beta store them once.
 
     Args:
-        tables (Sequence[TableToPack]): tables, in the collection's order.
+        tables (Sequence[TableToPack | CodedTableToPack]): tables, in the collection's order.
 
     Returns:
-        PackedTables: on the CPU; :func:`packed_bytes` of the widths gives its size.
+        PackedTables: on the CPU; :func:`packed_bytes` of the widths and codings gives its size.
 
     Raises:
         ValueError: naming the table, if names repeat, shapes or dtypes are wrong, a step size in use is not positive
@@ -72,20 +74,29 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
         >>> packed.weights.shape    # 100 rows of 8 bytes, 32 to align, 900 rows of 2 bytes, 56 to align, 64 at the end
         torch.Size([2752])
     """
-    widths: dict[str, TableBitWidths] = {}
+    widths: dict[str, TableBitWidths | TableCoding] = {}
     for table in tables:
         if table.name in widths:
             raise ValueError(f"table {table.name} is given twice")
-        widths[table.name] = table.widths
-        _check_scales(table)
+        if isinstance(table, CodedTableToPack):
+            widths[table.name] = table.coding
+        else:
+            widths[table.name] = table.widths
+            _check_scales(table)
     layout = lay_out(widths, {table.name: table.directory for table in tables})
     weights = torch.zeros(layout.weights_bytes, dtype=torch.uint8)
     directory = torch.zeros(layout.directory_bytes, dtype=torch.uint8)
     starts = zip(layout.weights_offsets, layout.directory_offsets, strict=True)
     for table, table_layout, (start, directory_start) in zip(tables, layout.tables, starts, strict=True):
         table_directory = directory[max(directory_start, 0) :][: table_layout.directory_bytes]
-        write_directory(table.widths, table_layout, table_directory)
         table_weights = weights[start : start + table_layout.end]
+        if isinstance(table, CodedTableToPack):
+            if table_layout.directory == Directory.REMAP:
+                assert table.coding.order is not None
+                table_directory.view(torch.int32).copy_(table.coding.order)
+            pack_coded_rows_(table, table_layout, table_weights)
+            continue
+        write_directory(table.widths, table_layout, table_directory)
         match table_layout.directory:
             case Directory.RANKED:
                 _pack_runs(table, table_layout, table_weights)
@@ -94,16 +105,17 @@ def pack_tables(tables: Sequence[TableToPack]) -> PackedTables:
             case _:
                 _pack_in_id_order(table, table_weights)
     return PackedTables(
-        tables=tuple(TableShape(t.name, t.widths.num_embeddings, t.widths.embedding_dim) for t in tables),
+        tables=tuple(TableShape(t.name, t.num_embeddings, t.embedding_dim) for t in layout.tables),
         weights=weights,
         weights_offsets=torch.tensor(layout.weights_offsets, dtype=torch.int64),
-        rows_per_table=int32_tensor([table.widths.num_embeddings for table in tables]),
+        rows_per_table=int32_tensor([table.num_embeddings for table in layout.tables]),
         **_run_tensors(layout),
         directory_kinds=int32_tensor([table.directory for table in layout.tables]),
         directory=directory,
         directory_offsets=torch.tensor(layout.directory_offsets, dtype=torch.int64),
         **_scale_tensors(tables),
         **_zero_row_tensors(tables, layout),
+        **coding_tensors([t.coding if isinstance(t, CodedTableToPack) else None for t in tables]),
     )
 
 
@@ -145,7 +157,7 @@ def _packed_rows(table: TableToPack, rows: Tensor, bits: int) -> Tensor:
 
 def _run_rows(weights: Tensor, run: Run) -> Tensor:
     """The rows of a run as uint8 [rows, row_bytes], a view of the table's weights."""
-    return weights[run.base : run.end].view(run.rows, run.row_bytes)
+    return weights[run.first_byte : run.end].view(run.rows, run.row_bits // 8)
 
 
 def _chunk_rows(embedding_dim: int) -> int:
@@ -215,9 +227,10 @@ def _run_tensors(layout: CollectionLayout) -> dict[str, Tensor]:
     }
 
 
-def _scale_tensors(tables: Sequence[TableToPack]) -> dict[str, Tensor]:
+def _scale_tensors(all_tables: Sequence[TableToPack | CodedTableToPack]) -> dict[str, Tensor]:
     """One scale set per embedding dimension if its tables agree for every dimension, else one per table."""
     first_of_dim: dict[int, TableToPack] = {}
+    tables = [table for table in all_tables if isinstance(table, TableToPack)]
     for table in tables:
         first_of_dim.setdefault(table.widths.embedding_dim, table)
     firsts = [first_of_dim[table.widths.embedding_dim] for table in tables]
@@ -232,26 +245,29 @@ def _scale_tensors(tables: Sequence[TableToPack]) -> dict[str, Tensor]:
         offsets.append(offsets[-1] + owner.widths.embedding_dim)
     alpha = [owner.alpha.detach().cpu() for owner in owners]
     beta = [owner.beta.detach().cpu() for owner in owners]
+    index = {
+        table.name: names.index(first.name if shared else table.name)
+        for table, first in zip(tables, firsts, strict=True)
+    }
     return {
         "alpha": torch.stack(alpha) if alpha else torch.empty(0, MAX_BITS + 1),
         "beta": torch.cat(beta) if beta else torch.empty(0),
         "beta_offsets": int32_tensor(offsets[:-1]),
-        "scale_index": int32_tensor(
-            [names.index(first.name if shared else table.name) for table, first in zip(tables, firsts, strict=True)]
-        ),
+        "scale_index": int32_tensor([index.get(table.name, -1) for table in all_tables]),
     }
 
 
-def _zero_row_tensors(tables: Sequence[TableToPack], layout: CollectionLayout) -> dict[str, Tensor]:
+def _zero_row_tensors(tables: Sequence[TableToPack | CodedTableToPack], layout: CollectionLayout) -> dict[str, Tensor]:
     offsets: list[int] = []
     vectors: list[Tensor] = []
     following = 0
     for table, table_layout in zip(tables, layout.tables, strict=True):
-        if table.zero_row is None or not table_layout.has_zero_bits:
+        zero_row = table.coding.zero_row if isinstance(table, CodedTableToPack) else table.zero_row
+        if zero_row is None or not table_layout.has_zero_bits:
             offsets.append(-1)
             continue
         offsets.append(following)
-        vectors.append(table.zero_row.detach().cpu())
+        vectors.append(zero_row.detach().cpu())
         following += table_layout.embedding_dim
     return {
         "zero_rows": torch.cat(vectors) if vectors else torch.empty(0),

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
+from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.ops.reference.locate import Located, locate
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import count_widths, kept_rows
 from torchrec_mpe.packing.layout import Run, TableLayout
@@ -30,21 +32,28 @@ class PackedTables:
 
         rank = id (RANKED), its int32 in the directory (REMAP), or its kept rank (BITMAP; a cleared bit: 0 bits)
         run  = last k in [run_offsets[t], run_offsets[t + 1]) with run_starts[k] <= rank
-        {offset, row_bytes, bits} = run_records[run]
-        row  = weights[weights_offsets[t] + offset + rank * row_bytes :][:row_bytes]
+        {offset, row_bits, coding} = run_records[run]
+        row  = the row_bits bits from bit offset + rank * row_bits of the table on, which starts at weights_offsets[t]
 
-    and NIBBLE and BITMAP_NIBBLE in a row start and width of their own. Then::
+    and NIBBLE and BITMAP_NIBBLE in a row start and width of their own. The coding of a plain row is its bit-width::
 
         bits > 0:  element d = (code - 2**(bits - 1)) * alpha[s, bits] + beta[beta_offsets[s] + d],  s = scale_index[t]
         bits = 0:  element d = zero_rows[zero_row_offsets[t] + d], or 0 if the offset is -1
+
+    In a coded table the step size of a run of plain rows is one of its levels, and beta is the mean. Rows may also be
+    transformed; each component of more than 0 bits then has two levels, scale and offset::
+
+        plain:        element d = (code - 2**(bits - 1)) * step + basis[K, d]
+        transformed:  element d = sum_k (scale[k] * code_k + offset[k]) * basis[k, d] + basis[K, d]
 
     Attributes:
         tables (tuple[TableShape, ...]): names and logical shapes.
         weights (Tensor): uint8 [P], packed rows; tables and runs 64-byte aligned, 64 bytes of padding at the end.
         weights_offsets (Tensor): int64 [T], the byte where each table starts, multiples of 64.
         rows_per_table (Tensor): int32 [T].
-        run_records (Tensor): int64 [R, 2], 16 bytes a run {int64 base - first*row_bytes, u32 row_bytes, u32 bits},
-            base counted from the table's first byte; all zeros for a run of 0 bits.
+        run_records (Tensor): int64 [R, 2], 16 bytes a run {int64 base - first*row_bits, u32 row_bits, u32 coding},
+            base counted in bits from the table's first byte; all zeros for a run of 0 bits. See
+            :mod:`torchrec_mpe.ops.reference.run_coding` for codings.
         run_starts (Tensor): int32 [R], the rank of each run's first row; 0 for the first run of a table.
         run_offsets (Tensor): int32 [T + 1], the runs of each table; none with NIBBLE and BITMAP_NIBBLE.
         directory_kinds (Tensor): int32 [T], values of Directory.
@@ -53,9 +62,15 @@ class PackedTables:
         alpha (Tensor): float32 [S, 9], step size of each bit-width for each of S scale sets; alpha[:, 0] = 0.
         beta (Tensor): float32, the offsets of the S scale sets one after another, D floats each.
         beta_offsets (Tensor): int32 [S], where each scale set's offset starts in ``beta``.
-        scale_index (Tensor): int32 [T], the scale set of each table.
+        scale_index (Tensor): int32 [T], the scale set of each table; -1: the table is coded.
         zero_rows (Tensor): float32, what 0-bit rows read, D floats for each table that has one.
         zero_row_offsets (Tensor): int32 [T], where each table's vector starts in ``zero_rows``; -1: zeros.
+        levels (Tensor): bfloat16, of the coded tables' runs in order: the step size of plain rows of more than 0 bits;
+            scale and offset in turn of each component of more than 0 bits of transformed rows.
+        levels_offsets (Tensor): int32 [T], where each coded table's levels start; -1: the table is not coded.
+        bases (Tensor): float16, of each coded table K + 1 rows of D: of the components, and the mean.
+        bases_offsets (Tensor): int32 [T], where each coded table's basis starts in ``bases``; -1: it is not coded.
+        components (Tensor): int32 [T], K of each coded table, 0 to 16; 0 if it is not coded.
     """
 
     tables: tuple[TableShape, ...]
@@ -74,6 +89,11 @@ class PackedTables:
     scale_index: Tensor
     zero_rows: Tensor
     zero_row_offsets: Tensor
+    levels: Tensor
+    levels_offsets: Tensor
+    bases: Tensor
+    bases_offsets: Tensor
+    components: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by attribute name, in the order of the op's arguments."""
@@ -98,15 +118,41 @@ class PackedTables:
                 bitmap = -(-rows // BITMAP_ROWS) * LINE_BYTES if has_bitmap else 0
                 rows_per_width = count_widths(lines[bitmap:], kept)
             else:
-                runs = self._runs(t, kept)
+                runs = self.runs(t, kept)
                 for run in runs:
-                    rows_per_width[run.bits] += run.rows
+                    if not run.is_transformed:
+                        rows_per_width[run.bits] += run.rows
             if has_bitmap:
                 rows_per_width[0] = rows - kept
-            layouts.append(TableLayout(table.name, rows, table.embedding_dim, kind, tuple(rows_per_width), runs))
+            shape = (table.name, rows, table.embedding_dim)
+            layouts.append(TableLayout(*shape, kind, tuple(rows_per_width), runs, self.components_of(t)))
         return tuple(layouts)
 
-    def _runs(self, t: int, rows: int) -> tuple[Run, ...]:
+    def components_of(self, t: int) -> int | None:
+        """K of a table; None if it is not coded."""
+        return int(self.components[t]) if int(self.bases_offsets[t]) >= 0 else None
+
+    def basis(self, t: int) -> Tensor:
+        """The basis of a coded table with the mean below, float16 [K + 1, D], a view."""
+        start, dim = int(self.bases_offsets[t]), self.tables[t].embedding_dim
+        rows = int(self.components[t]) + 1
+        return self.bases[start : start + rows * dim].view(rows, dim)
+
+    def locate(self, t: int, ids: Tensor) -> Located:
+        """Where rows of a table lie, counted in bits from the table's first byte; ids int64 [n], not checked."""
+        runs = slice(int(self.run_offsets[t]), int(self.run_offsets[t + 1]))
+        return locate(
+            ids,
+            Directory(int(self.directory_kinds[t])),
+            self.directory[max(int(self.directory_offsets[t]), 0) :],
+            self.tables[t].num_embeddings,
+            row_bytes(self.tables[t].embedding_dim, 1),
+            self.run_records[runs],
+            self.run_starts[runs],
+        )
+
+    def runs(self, t: int, rows: int) -> tuple[Run, ...]:
+        """The runs of a table whose runs hold ``rows`` rows."""
         first, last = self.run_offsets[t : t + 2].tolist()
         starts = self.run_starts[first:last].tolist()
         stops = [*starts[1:], rows]

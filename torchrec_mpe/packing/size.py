@@ -9,10 +9,12 @@ from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.declared_layouts import declared_layouts
 from torchrec_mpe.packing.layout import RUN_BYTES, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.table_coding import TableCoding
 
 _FP32 = 4
 _INT32 = 4
 _INT64 = 8
+_CODED_BYTES = 3 * _INT32  # levels_offsets, bases_offsets, components
 # weights_offsets, rows_per_table, run_offsets, directory_kinds, directory_offsets
 _TABLE_BYTES = _INT64 + _INT32 + _INT32 + _INT32 + _INT64
 
@@ -25,6 +27,7 @@ class ByteCounts:
         payload (int): packed rows, dims padded to a multiple of 8 included.
         directory (int): remaps, nibble and bitmap lines, run records and starts, per-table offsets.
         scales (int): alpha, beta and their indices.
+        transform (int): levels, bases and means of coded tables, and their offsets.
         zero_rows (int): the vectors of 0-bit rows and their offsets.
         padding (int): alignment of tables, runs and directories, and the end of the weights.
         fp32_bytes (int): bytes of the fp32 tables, ``num_embeddings * embedding_dim * 4``.
@@ -33,6 +36,7 @@ class ByteCounts:
     payload: int
     directory: int
     scales: int
+    transform: int
     zero_rows: int
     padding: int
     fp32_bytes: int
@@ -40,7 +44,7 @@ class ByteCounts:
     @property
     def total(self) -> int:
         """All bytes of the packed tables."""
-        return self.payload + self.directory + self.scales + self.zero_rows + self.padding
+        return self.payload + self.directory + self.scales + self.transform + self.zero_rows + self.padding
 
     @property
     def compression_ratio(self) -> float:
@@ -85,8 +89,8 @@ class SizeReport(ByteCounts):
     tables: tuple[TableSize, ...]
 
     def __str__(self) -> str:
-        head = ("table", "rows", "dim", "payload", "directory", "scales", "zero_rows", "padding", "total", "ratio")
-        lines: list[tuple[str, ...]] = [head]
+        kinds = ("payload", "directory", "scales", "transform", "zero_rows", "padding")
+        lines: list[tuple[str, ...]] = [("table", "rows", "dim", *kinds, "total", "ratio")]
         for table in self.tables:
             lines.append((table.name, str(table.num_embeddings), str(table.embedding_dim), *_columns(table)))
         lines.append(("all", str(sum(table.num_embeddings for table in self.tables)), "", *_columns(self)))
@@ -94,7 +98,7 @@ class SizeReport(ByteCounts):
 
 
 def packed_bytes(
-    tables: Mapping[str, TableBitWidths],
+    tables: Mapping[str, TableBitWidths | TableCoding],
     *,
     directory: str | Mapping[str, str] = "auto",
     shared_scales: bool = True,
@@ -103,7 +107,8 @@ def packed_bytes(
     """The exact size of tables packed at these widths, without packing them; work is per run, not per row.
 
     Args:
-        tables (Mapping[str, TableBitWidths]): table names, in the collection's order, to widths.
+        tables (Mapping[str, TableBitWidths | TableCoding]): table names, in the collection's order, to widths or
+            codings.
         directory (Union[str, Mapping[str, str]]): "auto", "ranked", "remap", "nibble" or "bitmap", for all tables or by
             table name, as in :class:`TableToPack`; "auto" for those that are not named.
         shared_scales (bool): tables of one embedding dimension come with equal alpha and beta, stored once. False:
@@ -117,9 +122,12 @@ def packed_bytes(
         ValueError: naming the table, if a directory cannot store its widths; or if one is chosen for no table.
     """
     layout = lay_out(tables, directory)
-    dims = [table.embedding_dim for table in layout.tables]
-    sets = [dims.index(dim) for dim in dims] if shared_scales else list(range(len(dims)))
-    stored = [learned_zero_rows and table.has_zero_bits for table in layout.tables]
+    dims = [table.embedding_dim if table.components is None else -1 for table in layout.tables]
+    sets = [-1 if dim < 0 else dims.index(dim) if shared_scales else t for t, dim in enumerate(dims)]
+    stored = [
+        table.has_zero_bits and (widths.zero_row is not None if isinstance(widths, TableCoding) else learned_zero_rows)
+        for table, widths in zip(layout.tables, tables.values(), strict=True)
+    ]
     weights = _spans(layout.weights_offsets, layout.weights_bytes)
     lines = _spans(layout.directory_offsets, layout.directory_bytes)
     return _report(layout.tables, weights, lines, sets, stored)
@@ -170,7 +178,7 @@ def _report(
         directory = table.directory_bytes + len(table.runs) * RUN_BYTES + _TABLE_BYTES
         directory += _INT32 if t == 0 else 0  # run_offsets has T + 1 entries
         scales = _INT32
-        if scale_sets[t] not in scale_sets[:t]:
+        if scale_sets[t] >= 0 and scale_sets[t] not in scale_sets[:t]:
             scales += (MAX_BITS + 1 + table.embedding_dim) * _FP32 + _INT32
         zero_rows = _INT32 + (table.embedding_dim * _FP32 if zero_row[t] else 0)
         sizes.append(
@@ -178,6 +186,7 @@ def _report(
                 payload=table.payload_bytes,
                 directory=directory,
                 scales=scales,
+                transform=table.transform_bytes + _CODED_BYTES,
                 zero_rows=zero_rows,
                 padding=weights[t] - table.payload_bytes + directories[t] - table.directory_bytes,
                 fp32_bytes=table.num_embeddings * table.embedding_dim * _FP32,
@@ -193,5 +202,5 @@ def _report(
 
 
 def _columns(size: ByteCounts) -> tuple[str, ...]:
-    numbers = (size.payload, size.directory, size.scales, size.zero_rows, size.padding, size.total)
+    numbers = (size.payload, size.directory, size.scales, size.transform, size.zero_rows, size.padding, size.total)
     return (*(str(number) for number in numbers), f"{size.compression_ratio:.1f}x")

@@ -5,14 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS, MAX_COMPONENTS, TRANSFORMED, component_bits
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.order_segments import is_permutation
-
-MAX_COMPONENTS = 16
-"""Components of a transformed row: one vector of 16 floats, at most 128 bits."""
-
-COMPONENT_BLOCKS = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16))
-"""First component of each block and the one after its last; the components of a block have one width."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class PlainRows:
         """Bits of a row: each block of 8 elements takes whole bytes."""
         return -(-embedding_dim // 8) * 8 * self.bits
 
+    @property
+    def record_coding(self) -> int:
+        """The coding of the group's run record: the bit-width."""
+        return self.bits
+
 
 @dataclass(frozen=True)
 class TransformedRows:
@@ -51,7 +51,7 @@ class TransformedRows:
     0 bits are not stored and add nothing.
 
     Attributes:
-        block_bits (tuple[int, ...]): bit-width, 0 to 8, of the components of each of :data:`COMPONENT_BLOCKS`.
+        block_bits (tuple[int, ...]): bit-width, 0 to 8, of the components of each of ``COMPONENT_BLOCKS``, 5 numbers.
         scales (tuple[float, ...]): bfloat16, of each component of more than 0 bits, in order.
         offsets (tuple[float, ...]): bfloat16, likewise.
         components (int): K of the table; blocks end there.
@@ -77,11 +77,12 @@ class TransformedRows:
     @property
     def component_bits(self) -> tuple[int, ...]:
         """The bit-width of each of the table's K components."""
-        return tuple(
-            bits
-            for bits, (first, stop) in zip(self.block_bits, COMPONENT_BLOCKS, strict=True)
-            for _ in range(first, min(stop, self.components))
-        )
+        return component_bits(self.record_coding, self.components)
+
+    @property
+    def record_coding(self) -> int:
+        """The coding of the group's run record: the blocks' widths, the first in the lowest bits."""
+        return TRANSFORMED | sum(bits << 4 * block for block, bits in enumerate(self.block_bits))
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.quantize_and_pack import quantize_and_pack
 from torchrec_mpe.ops.reference.bitpack import row_bytes
-from torchrec_mpe.ops.reference.locate import locate
 from torchrec_mpe.ops.update_rows import update_rows_
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.layout import END_PADDING
@@ -57,8 +55,8 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
         IndexError: naming the table, if an id is no row of it.
         KeyError: if there is no such table.
         TypeError: naming the table, if ids or values have another dtype.
-        ValueError: naming the table, if a shape is wrong, values hold NaN, or a damaged directory leads outside the
-            table's rows. Whatever is raised, no row of any table has changed.
+        ValueError: naming the table, if it is coded, a shape is wrong, values hold NaN, or a damaged directory leads
+            outside the table's rows. Whatever is raised, no row of any table has changed.
     """
     index = {table.name: t for t, table in enumerate(packed.tables)}
     for name in rows:
@@ -66,6 +64,9 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
             raise KeyError(f"rows are given for table {name}; the tables are {', '.join(index)}")
     if packed.weights.device.type == "meta":
         raise ValueError("the tables are on the meta device: they have no rows to update")
+    for name in rows:
+        if packed.components_of(index[name]) is not None:
+            raise ValueError(f"table {name} is transform-coded: its rows cannot be updated in place")
     # All tables before the first row is written.
     located = {name: _locate_rows(packed, index[name], ids, values) for name, (ids, values) in rows.items()}
     updated: dict[str, UpdatedRows] = {}
@@ -110,7 +111,6 @@ def _locate_rows(packed: PackedTables, t: int, ids: Tensor, values: Tensor) -> t
 def _starts_and_bits(packed: PackedTables, t: int, ids: Tensor) -> tuple[Tensor, Tensor]:
     table = packed.tables[t]
     unit = row_bytes(table.embedding_dim, 1)
-    runs = slice(int(packed.run_offsets[t]), int(packed.run_offsets[t + 1]))
     first = int(packed.weights_offsets[t])
     is_last = t + 1 == len(packed.tables)
     end = packed.weights.numel() - END_PADDING if is_last else int(packed.weights_offsets[t + 1])
@@ -119,18 +119,10 @@ def _starts_and_bits(packed: PackedTables, t: int, ids: Tensor) -> tuple[Tensor,
     for chunk in range(0, ids.numel(), _CHUNK_ROWS):
         part = slice(chunk, chunk + _CHUNK_ROWS)
         try:
-            starts[part], bits[part] = locate(
-                ids[part],
-                Directory(int(packed.directory_kinds[t])),
-                packed.directory[max(int(packed.directory_offsets[t]), 0) :],
-                table.num_embeddings,
-                unit,
-                packed.run_records[runs],
-                packed.run_starts[runs],
-            )
+            located = packed.locate(t, ids[part])
         except IndexError:
             raise damaged from None
-    starts += first
+        starts[part], bits[part] = (located.starts >> 3) + first, located.coding
     kept = bits > 0
     inside = (starts >= first) & (starts + bits * unit <= end) & (bits >= 0) & (bits <= MAX_BITS)
     if not bool((inside | (bits == 0)).all()):

@@ -6,9 +6,16 @@ import torch
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.ops.reference.run_coding import (
+    COMPONENT_BLOCKS,
+    MAX_COMPONENTS,
+    TRANSFORMED,
+    component_bits,
+    level_count,
+)
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.declared_layouts import declared_layouts
-from torchrec_mpe.packing.layout import ALIGNMENT, END_PADDING, TableLayout
+from torchrec_mpe.packing.layout import ALIGNMENT, CODED_ALIGNMENT, END_PADDING, TableLayout, run_alignment
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.validate_directory import validate_directory
 
@@ -29,6 +36,7 @@ def validate_packed_tables(packed: PackedTables, rows_per_width: Sequence[Sequen
     """
     _check_tensors(packed)
     _check_rows_and_kinds(packed)
+    _check_coded_tables(packed)
     _check_runs_of_tables(packed)
     weights_ends = _check_weights_offsets(packed)
     directory_ends = _check_directory_offsets(packed)
@@ -49,7 +57,11 @@ def validate_packed_tables(packed: PackedTables, rows_per_width: Sequence[Sequen
         _check_runs(layout, room)
         if layout.end > room:
             raise ValueError(f"table {layout.name}: its rows take {layout.end} bytes of the weights, it has {room}")
-        _check_scales(packed, t, layout)
+        _check_zero_row(packed, t)
+        if layout.components is None:
+            _check_scales(packed, t, layout)
+        else:
+            _check_levels(packed, t, layout)
 
 
 def _check_tensors(packed: PackedTables) -> None:
@@ -70,6 +82,11 @@ def _check_tensors(packed: PackedTables) -> None:
         "scale_index": (torch.int32, (tables,)),
         "zero_rows": (torch.float32, (packed.zero_rows.numel(),)),
         "zero_row_offsets": (torch.int32, (tables,)),
+        "levels": (torch.bfloat16, (packed.levels.numel(),)),
+        "levels_offsets": (torch.int32, (tables,)),
+        "bases": (torch.float16, (packed.bases.numel(),)),
+        "bases_offsets": (torch.int32, (tables,)),
+        "components": (torch.int32, (tables,)),
     }
     for name, tensor in packed.tensors().items():
         dtype, shape = expected[name]
@@ -100,9 +117,6 @@ def _check_runs_of_tables(packed: PackedTables) -> None:
     offsets, kinds = packed.run_offsets.tolist(), packed.directory_kinds.tolist()
     if offsets[0] != 0 or offsets[-1] != packed.run_starts.numel():
         raise ValueError(f"run_offsets must go from 0 to {packed.run_starts.numel()}")
-    bits = packed.run_records[:, 1] >> 32
-    if bool(((bits < 0) | (bits > MAX_BITS)).any()):
-        raise ValueError(f"run_records must have bit-widths between 0 and {MAX_BITS}, got {bits.tolist()}")
     for t, table in enumerate(packed.tables):
         # Bounded on both sides before any slice is taken: a dip must not hide between two legal ends.
         if not 0 <= offsets[t] <= offsets[t + 1] <= offsets[-1]:
@@ -116,17 +130,29 @@ def _check_runs_of_tables(packed: PackedTables) -> None:
             fits, wanted = runs > 0, "at least one run"
         if not fits:
             raise ValueError(f"table {table.name}: a {kind.name} directory has {wanted}, not {runs}")
+        coded = packed.components_of(t) is not None
+        if coded and kind not in (Directory.RANKED, Directory.REMAP):
+            raise ValueError(f"table {table.name}: a coded table cannot have a {kind.name} directory")
+        for coding in (packed.run_records[offsets[t] : offsets[t + 1], 1] >> 32 & 0xFFFFFFFF).tolist():
+            blocks = [coding >> 4 * block & 15 for block in range(len(COMPONENT_BLOCKS))]
+            widths = blocks if coded and coding & TRANSFORMED else [coding]
+            rest = (coding & ~TRANSFORMED) >> 4 * len(COMPONENT_BLOCKS) if len(widths) > 1 else 0
+            if rest or not all(0 <= bits <= MAX_BITS for bits in widths):
+                raise ValueError(
+                    f"table {table.name}: run_records must have bit-widths between 0 and {MAX_BITS}, got {widths}"
+                )
 
 
 def _check_weights_offsets(packed: PackedTables) -> list[int]:
     """Check where tables start; returns the byte before which each table's rows must end."""
     offsets = packed.weights_offsets.tolist()
     ends = [*offsets[1:], packed.weights.numel() - END_PADDING]
-    for table, offset, end in zip(packed.tables, offsets, ends, strict=False):
-        if offset % ALIGNMENT or not 0 <= offset <= end:
+    for table, offset, end, basis in zip(packed.tables, offsets, ends, packed.bases_offsets.tolist(), strict=False):
+        alignment = ALIGNMENT if basis < 0 else CODED_ALIGNMENT
+        if offset % alignment or not 0 <= offset <= end:
             raise ValueError(
                 f"table {table.name}: it starts at byte {offset} of the weights, which must be a multiple of "
-                f"{ALIGNMENT}, after the tables before it and not beyond {end}"
+                f"{alignment}, after the tables before it and not beyond {end}"
             )
     return ends
 
@@ -171,22 +197,75 @@ def _check_runs(layout: TableLayout, room: int) -> None:
             raise ValueError(f"table {name}: run starts must increase and stay below {rows}")
         if run.bits == 0 and layout.directory == Directory.BITMAP:
             raise ValueError(f"table {name}: the rows that a bitmap keeps must have more than 0 bits")
-        size = row_bytes(layout.embedding_dim, run.bits)
-        if run.row_bytes != size:
+        if run.is_transformed:
+            assert layout.components is not None
+            size, alignment = sum(component_bits(run.coding, layout.components)), 1
+        else:
+            size = 8 * row_bytes(layout.embedding_dim, run.bits)
+            alignment = 8 * (ALIGNMENT if layout.components is None else run_alignment(size // 8))
+        if run.row_bits != size:
             raise ValueError(
-                f"table {name}: rows of {layout.embedding_dim} elements at {run.bits} bits take {size} bytes, "
-                f"the run at rank {run.first} says {run.row_bytes}"
+                f"table {name}: rows of {layout.embedding_dim} elements of coding {run.coding:#x} take {size} bits, "
+                f"the run at rank {run.first} says {run.row_bits}"
             )
-        if run.bits == 0:
+        if size == 0:
             if run.base != 0:
                 raise ValueError(f"table {name}: the 0-bit run at rank {run.first} must have no rows in the weights")
             continue
-        if run.base % ALIGNMENT or run.base < end or run.end > room:
+        if run.base % alignment or run.base < end or run.end > room:
             raise ValueError(
-                f"table {name}: the run at rank {run.first} lies at bytes {run.base} to {run.end}, "
-                f"which must be {ALIGNMENT}-byte aligned, after byte {end} and within {room}"
+                f"table {name}: the run at rank {run.first} lies at bits {run.base} to {run.base + run.rows * size}, "
+                f"which must be a multiple of {alignment}, after bit {end} and within {room} bytes"
             )
-        end = run.end
+        end = run.base + run.rows * size
+
+
+def _check_coded_tables(packed: PackedTables) -> None:
+    """Check which tables are coded, and that their bases lie in the buffer."""
+    parts = zip(packed.components.tolist(), packed.bases_offsets.tolist(), packed.levels_offsets.tolist(), strict=True)
+    scale_index = packed.scale_index.tolist()
+    for t, (table, (components, basis, levels)) in enumerate(zip(packed.tables, parts, strict=True)):
+        coded = basis >= 0
+        if coded != (scale_index[t] == -1) or coded != (levels >= 0) or min(basis, levels) < -1:
+            raise ValueError(
+                f"table {table.name}: basis offset {basis}, levels offset {levels} and scale_index {scale_index[t]} "
+                "are neither those of a coded table nor of another"
+            )
+        if not 0 <= components <= (MAX_COMPONENTS if coded else 0):
+            raise ValueError(f"table {table.name}: it cannot have {components} components")
+        size = (components + 1) * table.embedding_dim
+        if coded and basis + size > packed.bases.numel():
+            raise ValueError(
+                f"table {table.name}: basis offset {basis} leaves its buffer of {packed.bases.numel()} with {size}"
+            )
+
+
+def _check_levels(packed: PackedTables, t: int, layout: TableLayout) -> None:
+    """Check that the levels of a coded table lie in the buffer, and its step sizes are positive."""
+    assert layout.components is not None
+    start = int(packed.levels_offsets[t])
+    levels = packed.levels[start : start + layout.levels].tolist()
+    if len(levels) != layout.levels:
+        raise ValueError(
+            f"table {layout.name}: levels offset {start} leaves its buffer of {packed.levels.numel()} with "
+            f"{layout.levels}"
+        )
+    following = 0
+    for run in layout.runs:
+        if not run.is_transformed and run.bits and levels[following] <= 0:
+            raise ValueError(
+                f"table {layout.name}: the step size of the run at rank {run.first} must be positive, it is "
+                f"{levels[following]}"
+            )
+        following += level_count(run.coding, layout.components)
+
+
+def _check_zero_row(packed: PackedTables, t: int) -> None:
+    zero, dim = int(packed.zero_row_offsets[t]), packed.tables[t].embedding_dim
+    if zero != -1 and not 0 <= zero <= packed.zero_rows.numel() - dim:
+        raise ValueError(
+            f"table {packed.tables[t].name}: zero row offset {zero} leaves its buffer of {packed.zero_rows.numel()}"
+        )
 
 
 def _check_scales(packed: PackedTables, t: int, layout: TableLayout) -> None:
@@ -197,9 +276,6 @@ def _check_scales(packed: PackedTables, t: int, layout: TableLayout) -> None:
     offset = int(packed.beta_offsets[index])
     if not 0 <= offset <= packed.beta.numel() - dim:
         raise ValueError(f"table {name}: beta offset {offset} leaves its buffer of {packed.beta.numel()}")
-    zero = int(packed.zero_row_offsets[t])
-    if zero != -1 and not 0 <= zero <= packed.zero_rows.numel() - dim:
-        raise ValueError(f"table {name}: zero row offset {zero} leaves its buffer of {packed.zero_rows.numel()}")
     alpha = packed.alpha[index].tolist()
     in_use = [bits for bits, rows in enumerate(layout.rows_per_width) if bits and rows]
     if alpha[0] != 0.0 or any(alpha[bits] <= 0.0 for bits in in_use):

@@ -19,11 +19,12 @@ def locate_consecutive(
 ) -> tuple[Tensor, Tensor]:
     """Where the rows of ids ``start`` to ``stop - 1`` lie and how wide they are; reads each line once, not per row.
 
-    Arguments and result are those of :func:`torchrec_mpe.ops.reference.locate.locate`.
+    Arguments and the two results are those of :func:`torchrec_mpe.ops.reference.locate.locate`: bits, and codings.
     """
     if kind in (Directory.RANKED, Directory.REMAP):
         ids = torch.arange(start, stop)
-        return locate(ids, kind, directory, rows, unit, run_records, run_starts)
+        located = locate(ids, kind, directory, rows, unit, run_records, run_starts)
+        return located.starts, located.coding
     if kind == Directory.NIBBLE:
         return _in_nibble_lines(start, stop, directory, unit)
     bitmap_bytes = -(-rows // BITMAP_ROWS) * LINE_BYTES
@@ -38,7 +39,8 @@ def locate_consecutive(
         return starts, bits
     if kind == Directory.BITMAP:
         ranks = torch.arange(first_kept, last_kept)
-        starts[kept], bits[kept] = locate(ranks, Directory.RANKED, directory, rows, unit, run_records, run_starts)
+        located = locate(ranks, Directory.RANKED, directory, rows, unit, run_records, run_starts)
+        starts[kept], bits[kept] = located.starts, located.coding
     else:
         starts[kept], bits[kept] = _in_nibble_lines(first_kept, last_kept, directory[bitmap_bytes:], unit)
     return starts, bits
@@ -50,4 +52,4 @@ def _in_nibble_lines(start: int, stop: int, directory: Tensor, unit: int) -> tup
     widths = torch.stack([lines[:, 4:] & 15, lines[:, 4:] >> 4], dim=2).flatten(1).long()
     starts = base + widths.cumsum(1) - widths
     own = slice(start % NIBBLE_ROWS, start % NIBBLE_ROWS + stop - start)
-    return starts.flatten()[own] * unit, widths.flatten()[own]
+    return starts.flatten()[own] * unit * 8, widths.flatten()[own]

@@ -202,7 +202,7 @@ def _range(packed: PackedTables, rows: RowRange) -> _Part:
             if width:
                 chosen = (bits == width).nonzero()
                 row = torch.arange(width * unit)
-                weights[targets[chosen] + row] = table_weights[sources[chosen] + row]
+                weights[(targets[chosen] >> 3) + row] = table_weights[(sources[chosen] >> 3) + row]
     return _Part(
         TableShape(layout.name, rows.num_rows, shape.embedding_dim),
         layout.directory,

@@ -31,6 +31,11 @@ class ScriptablePackedTableBatchedEmbeddingBags(PackedTableBatchedEmbeddingBags)
     scale_index: Tensor
     zero_rows: Tensor
     zero_row_offsets: Tensor
+    levels: Tensor
+    levels_offsets: Tensor
+    bases: Tensor
+    bases_offsets: Tensor
+    components: Tensor
 
     def forward(
         self,
@@ -58,6 +63,11 @@ class ScriptablePackedTableBatchedEmbeddingBags(PackedTableBatchedEmbeddingBags)
                 self.scale_index,
                 self.zero_rows,
                 self.zero_row_offsets,
+                self.levels,
+                self.levels_offsets,
+                self.bases,
+                self.bases_offsets,
+                self.components,
                 self.D_offsets,
                 self.feature_table_map,
                 self.pooling_mode,

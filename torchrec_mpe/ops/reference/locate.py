@@ -1,9 +1,25 @@
 """From ids to the bytes and widths of their rows, in pure PyTorch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+
+
+class Located(NamedTuple):
+    """Where rows of a table lie.
+
+    Attributes:
+        starts (Tensor): int64 [n], the bit where each row starts, counted from the table's first byte.
+        coding (Tensor): int64 [n], of its run's record: the bit-width of a plain row.
+        runs (Tensor): int64 [n], its run among those of the table; 0 where there are none.
+    """
+
+    starts: Tensor
+    coding: Tensor
+    runs: Tensor
 
 
 def locate(
@@ -14,8 +30,8 @@ def locate(
     unit: int,
     run_records: Tensor,
     run_starts: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Where the rows of one table lie and how wide they are.
+) -> Located:
+    """Where the rows of one table lie and how they are coded.
 
     Args:
         ids (Tensor): int64 [n], each in [0, rows).
@@ -27,8 +43,7 @@ def locate(
         run_starts (Tensor): int32 [runs], of the table.
 
     Returns:
-        tuple[Tensor, Tensor]: int64 [n] the byte where each row starts, counted from the table's first byte, and int64
-        [n] its bit-width; the byte of a 0-bit row has no meaning.
+        Located: the bit of a row without bits has no meaning.
     """
     if kind == Directory.RANKED:
         return _in_runs(ids, run_records, run_starts)
@@ -38,29 +53,31 @@ def locate(
     if kind == Directory.NIBBLE:
         return _in_nibble_lines(ids, directory, rows, unit)
     kept, ranks = _kept_ranks(ids, directory, rows)
-    starts, bits = torch.zeros_like(ids), torch.zeros_like(ids)
+    located = Located(*(torch.zeros_like(ids) for _ in range(3)))
     if kind == Directory.BITMAP:
-        starts[kept], bits[kept] = _in_runs(ranks[kept], run_records, run_starts)
+        found = _in_runs(ranks[kept], run_records, run_starts)
     else:
         nibbles = directory[-(-rows // BITMAP_ROWS) * LINE_BYTES :]
-        starts[kept], bits[kept] = _in_nibble_lines(ranks[kept], nibbles, rows, unit)
-    return starts, bits
+        found = _in_nibble_lines(ranks[kept], nibbles, rows, unit)
+    for values, of_kept in zip(located, found, strict=True):
+        values[kept] = of_kept
+    return located
 
 
-def _in_runs(ranks: Tensor, run_records: Tensor, run_starts: Tensor) -> tuple[Tensor, Tensor]:
+def _in_runs(ranks: Tensor, run_records: Tensor, run_starts: Tensor) -> Located:
     run = torch.searchsorted(run_starts.long(), ranks, right=True) - 1
-    offset, row_bytes, bits = run_records[run, 0], run_records[run, 1] & 0xFFFFFFFF, run_records[run, 1] >> 32
-    return offset + ranks * row_bytes, bits
+    row_bits, coding = run_records[run, 1] & 0xFFFFFFFF, run_records[run, 1] >> 32 & 0xFFFFFFFF
+    return Located(run_records[run, 0] + ranks * row_bits, coding, run)
 
 
-def _in_nibble_lines(ranks: Tensor, directory: Tensor, rows: int, unit: int) -> tuple[Tensor, Tensor]:
+def _in_nibble_lines(ranks: Tensor, directory: Tensor, rows: int, unit: int) -> Located:
     lines = _lines(directory, rows, NIBBLE_ROWS)[ranks // NIBBLE_ROWS]
     position = (ranks % NIBBLE_ROWS).unsqueeze(1)
     base = lines[:, :4].contiguous().view(torch.int32).squeeze(1).long() & 0xFFFFFFFF
     widths = torch.stack([lines[:, 4:] & 15, lines[:, 4:] >> 4], dim=2).flatten(1)
     before = torch.arange(NIBBLE_ROWS, device=ranks.device) < position
     starts = base + (widths * before).sum(1)
-    return starts * unit, widths.gather(1, position).squeeze(1).long()
+    return Located(starts * unit * 8, widths.gather(1, position).squeeze(1).long(), torch.zeros_like(ranks))
 
 
 def _kept_ranks(ids: Tensor, directory: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The lookup of packed tables in pure PyTorch: the definition that every backend is tested against."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import check_bags, check_call, check_offsets, check_out
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes, unpack_codes
-from torchrec_mpe.ops.reference.locate import locate
+from torchrec_mpe.ops.reference.component_codes import read_codes
+from torchrec_mpe.ops.reference.locate import Located, locate
+from torchrec_mpe.ops.reference.run_coding import TRANSFORMED, component_bits, level_count
 from torchrec_mpe.ops.reference.update_rows import ROWS_LOCK
 
 
@@ -33,6 +36,11 @@ def packed_embedding_bag(
     scale_index: Tensor,
     zero_rows: Tensor,
     zero_row_offsets: Tensor,
+    levels: Tensor,
+    levels_offsets: Tensor,
+    bases: Tensor,
+    bases_offsets: Tensor,
+    components: Tensor,
     D_offsets: Sequence[int],  # noqa: N803
     feature_table_map: Sequence[int],
     pooling_mode: Sequence[int],
@@ -73,7 +81,7 @@ def packed_embedding_bag(
         ids, bags = ids_of_feature[f][read], bags[read]
         dim = D_offsets[f + 1] - D_offsets[f]
         runs = slice(int(run_offsets[t]), int(run_offsets[t + 1]))
-        starts, bits = locate(
+        located = locate(
             ids,
             Directory(int(directory_kinds[t])),
             directory[max(int(directory_offsets[t]), 0) :],
@@ -82,16 +90,18 @@ def packed_embedding_bag(
             run_records[runs],
             run_starts[runs],
         )
-        scales = int(scale_index[t])
         zero_row_offset = int(zero_row_offsets[t])
-        rows = _dequantize(
-            weights[int(weights_offsets[t]) :],
-            starts,
-            bits,
-            alpha[scales].to(compute),
-            beta[int(beta_offsets[scales]) :][:dim].to(compute),
-            None if zero_row_offset < 0 else zero_rows[zero_row_offset : zero_row_offset + dim].to(compute),
-        )
+        zero_row = None if zero_row_offset < 0 else zero_rows[zero_row_offset : zero_row_offset + dim].to(compute)
+        table_weights = weights[int(weights_offsets[t]) :]
+        if int(bases_offsets[t]) < 0:
+            scales = int(scale_index[t])
+            of_dim = beta[int(beta_offsets[scales]) :][:dim].to(compute)
+            rows = _dequantize(table_weights, located, alpha[scales].to(compute), of_dim, zero_row)
+        else:
+            count = int(components[t])
+            basis = bases[int(bases_offsets[t]) :][: (count + 1) * dim].view(count + 1, dim).to(compute)
+            of_table = levels[int(levels_offsets[t]) :].to(compute)
+            rows = _decode(table_weights, located, run_records[runs], of_table, basis, zero_row)
         if per_sample_weights is not None:
             rows *= per_sample_weights[spans[f] : spans[f + 1]][read].to(compute).unsqueeze(1)
         pooled = output[:, D_offsets[f] : D_offsets[f + 1]]
@@ -111,30 +121,58 @@ def _check_ids(ids: Tensor, rows: int, mode: BoundsCheckMode, warning: Tensor | 
     return ids.masked_fill(bad, 0)
 
 
-def _dequantize(
-    weights: Tensor, starts: Tensor, bits: Tensor, alpha: Tensor, beta: Tensor, zero_row: Tensor | None
-) -> Tensor:
-    """Rows of one table, [n, D], from where they start and their widths."""
-    dim = beta.numel()
-    rows = torch.zeros((starts.numel(), dim), dtype=beta.dtype, device=weights.device)
-    for width in bits.unique().tolist():
-        chosen = (bits == width).nonzero().squeeze(1)
-        if width == 0:
-            if zero_row is not None:
-                rows[chosen] = zero_row
-            continue
-        places = starts[chosen].unsqueeze(1) + torch.arange(row_bytes(dim, width), device=weights.device)
-        codes = unpack_codes(_read(weights, places), width, dim)
-        rows[chosen] = (codes.to(beta.dtype) - (1 << (width - 1))) * alpha[width] + beta
+def _dequantize(weights: Tensor, located: Located, alpha: Tensor, beta: Tensor, zero_row: Tensor | None) -> Tensor:
+    """Rows of one uncoded table, [n, D], from where they start and their widths."""
+    rows = torch.zeros((located.starts.numel(), beta.numel()), dtype=beta.dtype, device=weights.device)
+    for width in located.coding.unique().tolist():
+        chosen = (located.coding == width).nonzero().squeeze(1)
+        rows[chosen] = _plain(weights, located.starts[chosen], width, alpha[width], beta, zero_row)
     return rows
 
 
-def _read(weights: Tensor, places: Tensor) -> Tensor:
-    """``weights[places]``, none of whose rows another thread is writing."""
+def _decode(
+    weights: Tensor, located: Located, run_records: Tensor, levels: Tensor, basis: Tensor, zero_row: Tensor | None
+) -> Tensor:
+    """Rows of one coded table, [n, D]; ``levels`` begin with those of its first run."""
+    components = len(basis) - 1
+    rows = torch.zeros((located.starts.numel(), basis.shape[1]), dtype=basis.dtype, device=weights.device)
+    codings = (run_records[:, 1] >> 32 & 0xFFFFFFFF).tolist()
+    ends = list(accumulate(level_count(coding, components) for coding in codings))
+    for run in located.runs.unique().tolist():
+        coding = codings[run]
+        chosen = (located.runs == run).nonzero().squeeze(1)
+        starts = located.starts[chosen]
+        of_run = levels[ends[run] - level_count(coding, components) : ends[run]]
+        if not coding & TRANSFORMED:
+            step = of_run[0] if coding else levels.new_zeros(())
+            rows[chosen] = _plain(weights, starts, coding, step, basis[-1], zero_row)
+            continue
+        widths = component_bits(coding, components)
+        with _rows_lock(weights):
+            codes = read_codes(weights, starts, widths)
+        coded = [k for k, bits in enumerate(widths) if bits]
+        values = codes[:, coded].to(basis.dtype) * of_run[::2] + of_run[1::2]
+        rows[chosen] = values @ basis[coded] + basis[-1]
+    return rows
+
+
+def _plain(
+    weights: Tensor, starts: Tensor, bits: int, step_size: Tensor, beta: Tensor, zero_row: Tensor | None
+) -> Tensor:
+    """Rows of one width, [n, D], or what rows of 0 bits read."""
+    if bits == 0:
+        return torch.zeros_like(beta) if zero_row is None else zero_row
+    places = (starts >> 3).unsqueeze(1) + torch.arange(row_bytes(beta.numel(), bits), device=weights.device)
+    with _rows_lock(weights):
+        packed = weights[places]
+    return (unpack_codes(packed, bits, beta.numel()).to(beta.dtype) - (1 << (bits - 1))) * step_size + beta
+
+
+def _rows_lock(weights: Tensor) -> AbstractContextManager[object]:
+    """Held while rows are read that another thread may be writing."""
     if torch.compiler.is_compiling() or weights.device.type != "cpu":
-        return weights[places]
-    with ROWS_LOCK:
-        return weights[places]
+        return nullcontext()
+    return ROWS_LOCK
 
 
 register("packed_embedding_bag", "reference", packed_embedding_bag)

@@ -1,0 +1,93 @@
+"""The rows of a transform-coded table to packed codes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_mpe.ops.reference.bitpack import pack_codes
+from torchrec_mpe.ops.reference.component_codes import write_codes_
+from torchrec_mpe.packing.encode import encode
+from torchrec_mpe.packing.layout import TableLayout
+from torchrec_mpe.packing.packed_tables import int32_tensor
+from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
+
+
+@dataclass(frozen=True)
+class CodedTableToPack:
+    """A table's rows and their coding.
+
+    Attributes:
+        name (str): table.
+        coding (TableCoding): of every row.
+        pieces (Callable[[], Iterable[tuple[int, Tensor]]]): the rows that this process has, a few MiB at a time: the id
+            of the first row, and float32 [n, D], on any device. Rows that all processes leave out are zero codes.
+        sum_over_ranks (Optional[Callable[[Tensor], Tensor]]): the sum of a uint8 tensor over the processes that each
+            have a part of the rows; every one of them calls :func:`pack_tables`. None: this one has all rows.
+        directory (str): "ranked", "remap", or "auto": ranked, where ids are in the frequency order.
+    """
+
+    name: str
+    coding: TableCoding
+    pieces: Callable[[], Iterable[tuple[int, Tensor]]]
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    directory: str = "auto"
+
+
+def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tensor) -> None:
+    """Encode a table's rows into its part of the weights, zeros of ``layout.end`` bytes.
+
+    Raises:
+        ValueError: naming the table, if rows have another shape or dtype, or hold NaN.
+    """
+    coding = table.coding
+    bounds = torch.tensor(coding.bounds[1:], dtype=torch.int64)
+    for first, rows in table.pieces():
+        stop = first + len(rows)
+        if rows.dtype != torch.float32 or rows.shape[1:] != (coding.embedding_dim,) or stop > coding.num_embeddings:
+            raise ValueError(
+                f"table {table.name}: rows from {first} on must be float32 [n, {coding.embedding_dim}] of its "
+                f"{coding.num_embeddings} rows, got {rows.dtype} {list(rows.shape)}"
+            )
+        wrong = rows.isnan().any(1).nonzero()
+        if wrong.numel():
+            raise ValueError(f"table {table.name}: row {first + int(wrong[0])} holds NaN")
+        places = torch.arange(first, stop) if coding.order is None else coding.order[first:stop].cpu().long()
+        groups = torch.searchsorted(bounds, places, right=True)
+        for g in groups.unique().tolist():
+            group, run = coding.groups[g], layout.runs[g]
+            if run.row_bits == 0:
+                continue
+            chosen = (groups == g).nonzero().squeeze(1)
+            codes = encode(rows[chosen.to(rows.device)].detach(), group, coding).cpu()
+            starts = run.base + (places[chosen] - run.first) * run.row_bits
+            if isinstance(group, PlainRows):
+                packed = pack_codes(codes, group.bits)
+                weights[(starts >> 3).unsqueeze(1) + torch.arange(packed.shape[1])] = packed
+            else:
+                write_codes_(weights, starts, group.component_bits, codes)
+    if table.sum_over_ranks is not None:
+        # A bit is set by one process at most: the sum is what all have set.
+        weights.copy_(table.sum_over_ranks(weights))
+
+
+def coding_tensors(codings: Sequence[TableCoding | None]) -> dict[str, Tensor]:
+    """Levels and bases of a collection's tables, None for those that are not coded."""
+    levels: list[float] = []
+    bases: list[Tensor] = [torch.empty(0, dtype=torch.float16)]
+    levels_offsets: list[int] = []
+    bases_offsets: list[int] = []
+    for coding in codings:
+        levels_offsets.append(-1 if coding is None else len(levels))
+        bases_offsets.append(-1 if coding is None else sum(basis.numel() for basis in bases))
+        if coding is not None:
+            levels += [level for group in coding.groups for level in group.levels]
+            bases.append(coding.basis.cpu().flatten())
+    return {
+        "levels": torch.tensor(levels, dtype=torch.bfloat16),
+        "levels_offsets": int32_tensor(levels_offsets),
+        "bases": torch.cat(bases),
+        "bases_offsets": int32_tensor(bases_offsets),
+        "components": int32_tensor([0 if coding is None else coding.components for coding in codings]),
+    }
