@@ -48,7 +48,7 @@ def test_bitmap_by_hand() -> None:
     lines = packed.directory.view(2, 64).tolist()
     assert lines[0] == [*[0] * 8, 1, 2, *[0] * 53, 128]
     assert lines[1] == [3, *[0] * 7, 2, *[0] * 55]
-    assert packed.run_records.tolist() == [[0, 4 | 4 << 32]] and packed.run_starts.tolist() == [0]
+    assert packed.run_records.tolist() == [[0, 32 | 4 << 32]] and packed.run_starts.tolist() == [0]
 
 
 def test_bitmap_and_nibbles_by_hand() -> None:
@@ -159,8 +159,8 @@ def test_byte_offsets_of_large_tables() -> None:
     """Far beyond 2**31 bytes: 1e9 rows of 8 and 7 bits at D = 128, by hand."""
     widths = TableBitWidths(10**9, 128, (0, 5 * 10**8, 10**9), (8, 7))
     runs = lay_out_table("t", widths, Directory.RANKED).runs
-    assert runs[1].base == 5 * 10**8 * 128 and runs[1].end == 5 * 10**8 * (128 + 112)
-    assert runs[1].record == (5 * 10**8 * (128 - 112), 112 | 7 << 32)
+    assert runs[1].first_byte == 5 * 10**8 * 128 and runs[1].end == 5 * 10**8 * (128 + 112)
+    assert runs[1].record == (8 * 5 * 10**8 * (128 - 112), 8 * 112 | 7 << 32)
 
 
 def test_choices_that_cannot_store_the_widths() -> None:

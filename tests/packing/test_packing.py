@@ -32,8 +32,9 @@ def test_layout_by_hand() -> None:
     packed = pack_tables([to_pack("t", t, directory="ranked"), to_pack("u", u)])
     assert packed.weights.numel() == 128 + 64 + 64 and packed.weights_offsets.tolist() == [0, 128]
     assert packed.run_starts.tolist() == [0, 10, 15, 0] and packed.run_offsets.tolist() == [0, 3, 4]
-    # {base - first * row_bytes, row_bytes | bits << 32}, the base counted from the table's first byte
-    assert packed.run_records.tolist() == [[0, 6 | 6 << 32], [64 - 10 * 3, 3 | 3 << 32], [0, 0], [0, 2 | 2 << 32]]
+    # {base - first * row_bits, row_bits | coding << 32}, the base counted in bits from the table's first byte
+    second = [8 * (64 - 10 * 3), 24 | 3 << 32]
+    assert packed.run_records.tolist() == [[0, 48 | 6 << 32], second, [0, 0], [0, 16 | 2 << 32]]
     assert not packed.weights[60:64].any() and not packed.weights[79:128].any() and not packed.weights[134:].any()
     assert packed.directory_offsets.tolist() == [-1, -1] and packed.directory.numel() == 0
 

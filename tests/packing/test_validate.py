@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tests.packing.test_packing import to_pack
 from torchrec_mpe.ops.directory import Directory
-from torchrec_mpe.ops.reference.locate import locate
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.pack import pack_tables
 from torchrec_mpe.packing.packed_tables import PackedTables
@@ -99,10 +98,14 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "run beyond": (set_in("run_starts", 2, 600), "table t0: the run at rank 10 lies at"),
     "run bits": (set_in("run_records", (0, 1), 9 | 9 << 32), "bit-widths between 0 and 8"),
     "negative run bits": (set_in("run_records", (0, 1), -1), "bit-widths between 0 and 8"),
-    "row bytes": (set_in("run_records", (0, 1), 7 | 6 << 32), "table t0: rows of 8 elements at 6 bits take 6 bytes"),
-    "run base": (set_in("run_records", (0, 0), 1), "table t0: the run at rank 0 lies at bytes 1"),
+    "row bits": (
+        set_in("run_records", (0, 1), 56 | 6 << 32),
+        "table t0: rows of 8 elements of coding 0x6 take 48 bits",
+    ),
+    "run base": (set_in("run_records", (0, 0), 8), "table t0: the run at rank 0 lies at bits 8"),
+    "run base within a byte": (set_in("run_records", (0, 0), 1), "table t0: the run at rank 0 lies at bits 1"),
     "run base outside": (set_in("run_records", (0, 0), 64 << 30), "table t0: the run at rank 0 lies at"),
-    "negative base": (set_in("run_records", (0, 0), -64), "table t0: the run at rank 0 lies at bytes -64"),
+    "negative base": (set_in("run_records", (0, 0), -512), "table t0: the run at rank 0 lies at bits -512"),
     "base of no bits": (set_in("run_records", (2, 0), 64), "table t0: the 0-bit run"),
     "bitmap of no bits": (set_in("run_records", (6, 1), 0), "table t3: the rows that a bitmap keeps"),
     "remap outside": (lambda t: put(part(t, REMAP).view(torch.int32), (0, 0), 500), r"table t1: remap must be"),
@@ -166,16 +169,7 @@ def test_any_changed_byte_of_a_directory_is_refused_or_harmless(lines: int, monk
             refused += 1
             continue
         for t in range(len(Directory)):
-            runs = slice(int(packed.run_offsets[t]), int(packed.run_offsets[t + 1]))
-            part_of_table = directory[max(int(packed.directory_offsets[t]), 0) :]
-            first, bits = locate(
-                torch.arange(500),
-                Directory(t),
-                part_of_table,
-                500,
-                1,
-                packed.run_records[runs],
-                packed.run_starts[runs],
-            )
+            located = changed.locate(t, torch.arange(500))
+            first, bits = located.starts >> 3, located.coding
             assert ((first >= 0) & (first + bits <= sizes[t]))[bits > 0].all()
     assert refused > 200

@@ -13,7 +13,6 @@ from torchrec_mpe.inference.sharded.consecutive_rows import locate_consecutive
 from torchrec_mpe.inference.sharded.row_ranges import RowRange, take_rows, widths_of_range
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
-from torchrec_mpe.ops.reference.locate import locate
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.pack import TableToPack, pack_tables
 from torchrec_mpe.packing.packed_tables import PackedTables
@@ -37,7 +36,8 @@ def location(packed: PackedTables, t: int) -> tuple[Directory, Tensor, int, int,
 
 def stored(packed: PackedTables, t: int, ids: Tensor) -> list[list[int]]:
     """The bytes of every row."""
-    starts, bits = locate(ids, *location(packed, t))
+    located = packed.locate(t, ids)
+    starts, bits = located.starts >> 3, located.coding
     weights, unit = packed.weights[int(packed.weights_offsets[t]) :], row_bytes(packed.tables[t].embedding_dim, 1)
     return [
         weights[start : start + width * unit].tolist()
@@ -75,7 +75,7 @@ def test_consecutive_rows_are_where_the_reference_finds_them(kind: Directory) ->
     assert rows > 1000  # several lines
     for start, stop in ((0, rows), (119, 121), (447, 897), (500, 501), (rows - 1, rows)):
         found = locate_consecutive(start, stop, *location(packed, 0))
-        starts, bits = locate(torch.arange(start, stop), *location(packed, 0))
+        starts, bits, _ = packed.locate(0, torch.arange(start, stop))
         assert torch.equal(found[1], bits)
         assert torch.equal(found[0][bits > 0], starts[bits > 0])
 

@@ -1,0 +1,77 @@
+"""Coded tables whose rows are made from random codes, so that they owe nothing to encoding or packing."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS
+from torchrec_mpe.packing.pack_coded import CodedTableToPack
+from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
+
+
+def random_coding(
+    seed: int, rows: int, dim: int, components: int, *, remap: bool = False, widths: Sequence[int] = range(9)
+) -> tuple[TableCoding, Tensor]:
+    """A coding of 1 to 12 groups, plain and transformed, and the rows that it can store exactly.
+
+    Args:
+        seed (int): of everything.
+        rows (int): of the table.
+        dim (int): D.
+        components (int): K, at most D.
+        remap (bool): ids are in an order of their own.
+        widths (Sequence[int]): bit-widths to draw from.
+
+    Returns:
+        tuple[TableCoding, Tensor]: and float64 [rows, D], what the rows of the table decode to, by id.
+    """
+    generator = np.random.default_rng(seed)
+    cuts = generator.integers(1, rows, min(11, rows - 1)) if rows > 1 else []
+    bounds = (0, *sorted({int(cut) for cut in cuts}), rows)
+    # An orthogonal transform of dyadic numbers: signed unit vectors where float16 is to lose nothing.
+    axes, signs = generator.permutation(dim)[:components], generator.choice([-1.0, 1.0], components)
+    basis = torch.zeros(components + 1, dim, dtype=torch.float64)
+    basis[range(components), torch.from_numpy(axes)] = torch.from_numpy(signs)
+    mean = torch.from_numpy(generator.integers(-8, 9, dim) / 16)
+    basis[components] = mean
+    encoder = basis[:components].T.float()
+    zero_row = torch.from_numpy(generator.standard_normal(dim).astype(np.float32)) if generator.integers(3) else None
+    groups: list[RowCoding] = []
+    values = torch.zeros(rows, dim, dtype=torch.float64)
+    for first, stop in pairwise(bounds):
+        count = stop - first
+        if components == 0 or generator.integers(3) == 0:
+            bits = int(generator.choice(widths))
+            step = 2.0 ** int(generator.integers(-6, -2)) if bits else 0.0
+            groups.append(PlainRows(bits, step))
+            if bits:
+                codes = torch.from_numpy(generator.integers(0, 1 << bits, (count, dim))).double()
+                values[first:stop] = (codes - (1 << (bits - 1))) * step + mean
+            elif zero_row is not None:
+                values[first:stop] = zero_row.double()
+            continue
+        block_bits = tuple(int(generator.choice(widths)) if low < components else 0 for low, _ in COMPONENT_BLOCKS)
+        of_component = [
+            b for b, (low, high) in zip(block_bits, COMPONENT_BLOCKS, strict=True) for _ in range(low, high)
+        ]
+        coded = [k for k in range(components) if of_component[k]]
+        scales = tuple(2.0 ** int(generator.integers(-7, -2)) for _ in coded)
+        offsets = tuple(int(generator.integers(-16, 17)) / 32 for _ in coded)
+        groups.append(TransformedRows(block_bits, scales, offsets, components))
+        values[first:stop] = mean
+        for k, scale, offset in zip(coded, scales, offsets, strict=True):
+            codes = torch.from_numpy(generator.integers(0, 1 << of_component[k], count)).double()
+            values[first:stop] += (codes * scale + offset).unsqueeze(1) * basis[k]
+    order = torch.from_numpy(generator.permutation(rows).astype(np.int32)) if remap else None
+    coding = TableCoding(rows, dim, bounds, tuple(groups), basis.half(), encoder, zero_row, order)
+    return coding, values if order is None else values[order.long()]
+
+
+def coded_table(name: str, coding: TableCoding, values: Tensor, piece: int = 1 << 20) -> CodedTableToPack:
+    """The table of these rows, read in pieces."""
+    return CodedTableToPack(
+        name, coding, lambda: ((k, values[k : k + piece].float()) for k in range(0, len(values), piece))
+    )
