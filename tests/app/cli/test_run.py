@@ -52,7 +52,7 @@ SMALL = ["--dim", "8", "--batch-size", "64", "--resets", "1", "--quiet"]
 
 def test_whole_job(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, results = tmp_path / "out", tmp_path / "results.json"
-    methods = ["fp32", "uniform:6", "cut:4:0.1", "rule:5", "mpe"]
+    methods = ["fp32", "uniform:6", "coded:5", "coded:5:nodistill", "cut:4:0.1", "rule:5", "mpe"]
     options = [*csv_options(log), *SMALL, "--out", str(out), "--json", str(results), "--seed", "0", "1"]
     code = main(["run", *options, "--method", *methods])
     printed = capsys.readouterr().out
@@ -73,14 +73,23 @@ def test_whole_job(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         folder = out / f"{r['method'].replace(':', '-')}-seed{r['seed']}"
         packed = mpe.load(folder / "artifact")
         assert packed.size_report().total == r["embedding_bytes"]
+        if r["method"].startswith("coded"):
+            assert not (folder / "plan.json").exists()
+            assert r["average_bits"] == pytest.approx(32 * packed.size_report().payload / r["fp32_bytes"], abs=1e-5)
+            assert r["seconds"] > r["seconds_after_training"]
+            continue
         plan = mpe.PrecisionPlan.load(folder / "plan.json")
         assert plan.average_bits == pytest.approx(r["average_bits"], abs=1e-5)
     by_method = {r["method"]: r for r in records if r["seed"] == 0}
     assert by_method["uniform:6"]["average_bits"] == 6
     assert abs(by_method["rule:5"]["compression_ratio"] / 5 - 1) < 0.01
+    for method in ("coded:5", "coded:5:nodistill"):
+        assert 1 <= by_method[method]["compression_ratio"] / 5 < 1.01
+        assert "components-1.png" in {picture.name for picture in out.iterdir()}
     page = (out / "report.html").read_text()
     assert all(method in page for method in methods) and "http://" not in page and "https://" not in page
     assert main(["inspect", str(out / "mpe-seed0" / "artifact")]) == 0
+    assert main(["inspect", str(out / "coded-5-seed0" / "artifact")]) == 0
     assert main(["inspect", str(out / "mpe-seed0" / "plan.json")]) == 0
     assert main(["inspect", str(out / "data")]) == 0
     shown = capsys.readouterr().out
@@ -125,13 +134,14 @@ def test_criteo_format(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text())[0]["method"] == "mpe"
 
 
-def test_same_seed_same_result(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mpe", "coded:4"])
+def test_same_seed_same_result(method: str, log: Path, tmp_path: Path) -> None:
     records = []
     for name in ("a", "b"):
         out = tmp_path / name
-        assert main(["run", *csv_options(log), "--out", str(out), "--method", "mpe", *SMALL]) == 0
+        assert main(["run", *csv_options(log), "--out", str(out), "--method", method, *SMALL]) == 0
         record = json.loads((out / "results.json").read_text())[0]
-        del record["seconds"]
+        del record["seconds"], record["seconds_after_training"]
         records.append(record)
     assert records[0] == records[1]
 
@@ -145,6 +155,9 @@ MISTAKES = {
     "bad bits": (["--method", "uniform:9"], "bit-width from 1 to 8"),
     "bad fraction": (["--method", "cut:4:2"], "fraction of rows"),
     "bad ratio": (["--method", "rule:0"], "ratio above 1"),
+    "bad ratio of coded tables": (["--method", "coded:1"], "ratio above 1"),
+    "bad end of a method": (["--method", "coded:9:nodistil"], "method 'coded:9:nodistil' is unknown"),
+    "unreachable coding": (["--method", "coded:100000"], "method coded:100000 does not fit this data: .*bytes"),
     "bad cache": (["--method", "cache:int8"], "use cache:int8:FRACTION"),
     "bad width of a cache": (["--method", "cache:int2:0.1"], "use cache:int8:FRACTION or cache:int4:FRACTION"),
     "bad fraction of a cache": (["--method", "cache:int8:1.5"], "above 0 and at most 1"),

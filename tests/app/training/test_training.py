@@ -27,6 +27,11 @@ def test_method_names(name: str, kind: str, numbers: tuple[float, ...]) -> None:
     assert Method.parse(name) == Method(name, kind, numbers)
 
 
+def test_coded_method_names() -> None:
+    assert Method.parse("coded:100") == Method("coded:100", "coded", (100,), distills=True)
+    assert Method.parse("coded:1.5:nodistill") == Method("coded:1.5:nodistill", "coded", (1.5,), distills=False)
+
+
 @pytest.mark.parametrize(
     ("name", "bits", "load_factor", "algorithm"),
     [

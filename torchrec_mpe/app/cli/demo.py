@@ -21,7 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Generate a log in Criteo's format, prepare it and compare methods on it."""
-    options.method = options.method or ["fp32", "rule:100", "mpe"]
+    options.method = options.method or ["fp32", "rule:100", "coded:100", "mpe"]
     methods, settings, how = check(options)
     with no_empty_folder(options.out), tempfile.TemporaryDirectory() as folder:
         options.data = Path("generated log")

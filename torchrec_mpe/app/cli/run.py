@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,12 @@ from torchrec_mpe.app.training.pipeline import Outcome, run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
 from torchrec_mpe.app.training.quiet import quiet_dependencies
 from torchrec_mpe.app.training.settings import RunSettings, Settings
-from torchrec_mpe.app.training.stages import Job
+from torchrec_mpe.app.training.stages import Job, Trained
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.inference.artifact.save_load import save
+from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
+from torchrec_mpe.packing.layout import TableLayout
 from torchrec_mpe.upstream.versions import __version__, installed_versions
 
 
@@ -49,8 +51,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="METHOD",
-        help=f"{', '.join(FORMS)}; of caches the fraction of rows that they hold, perhaps with :lru or :lfu; several "
-        "allowed (default: fp32 rule:60 mpe)",
+        help=f"{', '.join(FORMS)}; of caches the fraction of rows that they hold, perhaps with :lru or :lfu; of coded "
+        "tables the ratio, perhaps with :nodistill; several "
+        "allowed (default: fp32 coded:100 mpe)",
     )
     group.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more seeds (default: 0)")
     add_options(group, [*SETTINGS, "device"], without=["seed"])
@@ -89,7 +92,7 @@ def check(options: argparse.Namespace) -> tuple[list[Method], Settings, RunSetti
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command runs in one process: for several, launch a script of your own such as swap_in.py")
     options.seed = list(dict.fromkeys(options.seed))
-    methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "rule:60", "mpe"])]
+    methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "coded:100", "mpe"])]
     check_options(options, searches=any(method.searches for method in methods))
     check_output(options)
     how = replace(run_settings_of(options), progress=not options.quiet)
@@ -100,19 +103,30 @@ def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
     """Run one job a method, with every seed; each result is written as it is complete."""
     quiet_dependencies()
     outcomes: list[Outcome] = []
+    codings: dict[str, dict[str, TableLayout]] = {}
     with process_group(jobs[0].run.device):
         for job in jobs:
             job.check()
         for seed in options.seed:
-            for job in jobs:
-                outcome = run_pipeline(replace(job, settings=replace(job.settings, seed=seed)))
+            teacher: Trained | None = None
+            for number, job in enumerate(jobs):
+                is_coded = job.method.kind == "coded"
+                seeded = replace(job, settings=replace(job.settings, seed=seed))
+                outcome = run_pipeline(seeded, teacher if is_coded else None)
                 r = outcome.record
                 folder = options.out / f"{r['method'].replace(':', '-')}-seed{seed}"
                 if outcome.plan is not None:
                     outcome.plan.save(folder / "plan.json")
+                if outcome.plan is not None or is_coded:
                     save(outcome.model, folder / "artifact", plan=outcome.plan, metadata={"result": r})
+                if is_coded:
+                    codings.setdefault(job.method.name, _codings(outcome.model))
+                if job.method.kind in ("fp32", "coded"):
+                    # Tables are coded from the fp32 model that is trained already.
+                    wanted = any(other.method.kind == "coded" for other in jobs[number + 1 :])
+                    teacher = outcome.trained if wanted else None
                 # The trained model is not kept: the next method needs its memory.
-                outcome.model = torch.nn.Identity()
+                outcome.model, outcome.trained = torch.nn.Identity(), None
                 outcomes.append(outcome)
                 _write_records(options, outcomes)
                 hits = ""
@@ -124,7 +138,7 @@ def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
                     f"({r['compression_ratio']:.1f}x), {hits}{r['seconds']:.0f} s",
                     flush=True,
                 )
-    page = write_report(options.out, _report_data(options, jobs[0], outcomes))
+    page = write_report(options.out, _report_data(options, jobs[0], outcomes, codings))
     print()
     print(result_table([outcome.record for outcome in outcomes]))
     print(f"\nreport: {page}")
@@ -140,7 +154,22 @@ def _write_records(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> 
                 temporary.write_text(text)
 
 
-def _report_data(options: argparse.Namespace, job: Job, outcomes: Sequence[Outcome]) -> ReportData:
+def _codings(model: torch.nn.Module) -> dict[str, TableLayout]:
+    """How the tables of a packed model are laid out, by name."""
+    return {
+        layout.name: layout
+        for module in model.modules()
+        if isinstance(module, PackedEmbeddingBagCollection)
+        for layout in module.packed_tables().layouts()
+    }
+
+
+def _report_data(
+    options: argparse.Namespace,
+    job: Job,
+    outcomes: Sequence[Outcome],
+    codings: Mapping[str, Mapping[str, TableLayout]],
+) -> ReportData:
     data, settings = job.data, job.settings
     first_seed = {o.record["method"]: o for o in reversed(outcomes)}
     return ReportData(
@@ -152,6 +181,7 @@ def _report_data(options: argparse.Namespace, job: Job, outcomes: Sequence[Outco
             for phase, curve in o.curves.items()
         ],
         plans={name: o.plan.tables for name, o in first_seed.items() if o.plan is not None},
+        codings=codings,
         counts=job.counts,
         probabilities={name: o.probabilities for name, o in first_seed.items() if o.probabilities is not None},
         candidate_bits=settings.search_config.candidate_bits,

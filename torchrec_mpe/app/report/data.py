@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.layout import TableLayout
 
 RESULT_KEYS = (
     "method",
@@ -37,6 +38,7 @@ class ReportData:
             (list of {"step", "auc"}). Methods with a cache also have caches (list[dict[str, CacheStatistics]]): what
             each table's cache counted in the windows that end at the steps.
         plans (Mapping[str, Mapping[str, TableBitWidths]]): method -> table -> bit-widths.
+        codings (Mapping[str, Mapping[str, TableLayout]]): method -> table -> the runs of coded tables.
         counts (Mapping[str, Tensor]): table -> int64 [num_embeddings], training frequencies by row id.
         probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the bounds
             of its k groups in the order of frequency (k + 1 numbers) and the probability of each candidate bit-width,
@@ -53,6 +55,7 @@ class ReportData:
     results: Sequence[Mapping[str, Any]]
     curves: Sequence[Mapping[str, Any]] = ()
     plans: Mapping[str, Mapping[str, TableBitWidths]] = field(default_factory=dict)
+    codings: Mapping[str, Mapping[str, TableLayout]] = field(default_factory=dict)
     counts: Mapping[str, Tensor] = field(default_factory=dict)
     probabilities: Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]] = field(default_factory=dict)
     candidate_bits: tuple[int, ...] = ()
@@ -89,7 +92,7 @@ class ReportData:
     def methods(self) -> list[str]:
         """Every method that some part mentions, in order of first mention."""
         rows = [str(row["method"]) for part in (self.results, self.curves) for row in part]
-        return unique([*rows, *self.plans, *self.probabilities])
+        return unique([*rows, *self.plans, *self.codings, *self.probabilities])
 
 
 def _require(part: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:

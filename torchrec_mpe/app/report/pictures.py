@@ -2,6 +2,7 @@
 
 import math
 
+from torchrec_mpe.app.report.components_figure import components_figure
 from torchrec_mpe.app.report.data import ReportData
 from torchrec_mpe.app.report.estimates import summarize
 from torchrec_mpe.app.report.hit_rate_figure import hit_rate_figure
@@ -20,6 +21,7 @@ def report_pictures(report: ReportData) -> list[Picture]:
         return [
             *_quality(report),
             *_widths(report),
+            *_components(report),
             *_probabilities(report),
             *_hit_rates(report),
             *_training(report),
@@ -71,6 +73,26 @@ def _widths(report: ReportData) -> list[Picture]:
         )
         alt = "Stacked bars: share of rows of each bit-width by how often the row was seen in training, by method."
         pictures.append(Picture("width-shares.png", to_png(shares), "", caption, alt))
+    return pictures
+
+
+def _components(report: ReportData) -> list[Picture]:
+    pictures: list[Picture] = []
+    for method, layouts in report.codings.items():
+        if not layouts:
+            continue
+        rows = sum(layout.num_embeddings for layout in layouts.values())
+        average = 8 * sum(layout.payload_bytes for layout in layouts.values()) / rows
+        caption = (
+            f"{method}, one panel per field: the bit-width of each component, the first below, of rows by how frequent "
+            "they are. Hatched rows are plain: all their elements have one width."
+        )
+        alt = (
+            f"Bars of bit-widths by component in the order of frequency, by field. {average:.2f} bits a row on average."
+        )
+        heading = "" if pictures else "Components by frequency"
+        figure = components_figure(layouts)
+        pictures.append(Picture(f"components-{len(pictures) + 1}.png", to_png(figure), heading, caption, alt))
     return pictures
 
 

@@ -13,9 +13,12 @@ from torchrec_mpe.precision.from_frequencies import cut_precision, precision_fro
 from torchrec_mpe.precision.plan import PrecisionPlan
 
 FORMS = (
-    "fp32", "cache:int8:FRACTION", "cache:int4:FRACTION", "uniform:BITS", "cut:BITS:FRACTION", "rule:RATIO", "mpe",
+    "fp32", "cache:int8:FRACTION", "cache:int4:FRACTION", "uniform:BITS", "cut:BITS:FRACTION", "rule:RATIO",
+    "coded:RATIO", "mpe",
 )  # fmt: skip
-"""How methods are named; after a cache's fraction may come :lru or :lfu."""
+"""How methods are named; after a cache's fraction may come :lru or :lfu, after the ratio of coded tables :nodistill."""
+
+_NO_DISTILLATION = ":nodistill"
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,19 @@ class Method:
     """One way to size embedding tables.
 
     Attributes:
-        name (str): as given on the command line, "fp32", "cache:int8:0.05", "uniform:6", "cut:4:0.1", "rule:60" or
-            "mpe".
+        name (str): as given on the command line, "fp32", "cache:int8:0.05", "uniform:6", "cut:4:0.1", "rule:60",
+            "coded:100" or "mpe".
         kind (str): the part before the first colon.
         numbers (tuple[float, ...]): the parts after it, but of "cache".
         cache (Optional[CacheConfig]): of "cache".
+        distills (bool): whether the dense network is distilled after coding, of "coded".
     """
 
     name: str
     kind: str
     numbers: tuple[float, ...]
     cache: CacheConfig | None = None
+    distills: bool = False
 
     @classmethod
     def parse(cls, name: str) -> "Method":
@@ -51,6 +56,9 @@ class Method:
                     f"method {name!r} is unknown: use cache:int8:FRACTION or cache:int4:FRACTION, FRACTION of the rows "
                     "above 0 and at most 1, with :lru or :lfu after it or without"
                 ) from error
+        distills = kind == "coded" and not name.endswith(_NO_DISTILLATION)
+        if kind == "coded":
+            rest = name.removesuffix(_NO_DISTILLATION).split(":")[1:]
         parts = {form.partition(":")[0]: form.count(":") for form in FORMS}
         try:
             numbers = tuple(float(part) for part in rest)
@@ -62,9 +70,9 @@ class Method:
             raise UserError(f"method {name!r} needs a bit-width from 1 to 8")
         if kind == "cut" and not 0 < numbers[1] <= 1:
             raise UserError(f"method {name!r} needs a fraction of rows above 0 and at most 1")
-        if kind == "rule" and not 1 < numbers[0] < float("inf"):
+        if kind in ("rule", "coded") and not 1 < numbers[0] < float("inf"):
             raise UserError(f"method {name!r} needs a compression ratio above 1")
-        return cls(name, kind, numbers)
+        return cls(name, kind, numbers, distills=distills)
 
     @property
     def searches(self) -> bool:

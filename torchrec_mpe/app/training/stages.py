@@ -24,6 +24,7 @@ from torchrec_mpe.app.training.cache_counters import (
     fp32_training_bytes,
     stored_bytes,
 )
+from torchrec_mpe.app.training.compression import compress_trained
 from torchrec_mpe.app.training.loop import Curve, evaluate, shard, train_phase
 from torchrec_mpe.app.training.method import Method
 from torchrec_mpe.app.training.phase_checkpoints import PhaseCheckpoints
@@ -103,6 +104,7 @@ class Trained:
         phase (int): the phase that the model stands in, of ``resets + 1``.
         found (Optional[Checkpoint]): of this phase, which it was restored from.
         curves (dict[str, Curve]): of the phases trained here, by name.
+        seconds (float): that training took, if it was whole.
     """
 
     model: DistributedModelParallel
@@ -110,6 +112,7 @@ class Trained:
     phase: int
     found: Checkpoint | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def begin(job: Job) -> Trained:
@@ -214,22 +217,24 @@ def emit(job: Job, trained: Trained) -> tuple[nn.Module, dict[str, float], dict[
     """What to serve: the packed model, which emission checks against the retrained one; else the trained model.
 
     Returns:
-        nn.Module: with packed rows, or the trained model if its bit-widths are not fixed, its caches flushed.
+        nn.Module: with packed rows, coded or of fixed bit-widths, or the trained model, its caches flushed.
         Dict[str, float]: auc and logloss of the test rows.
         Dict[str, Any]: average_bits, embedding_bytes, fp32_bytes and compression_ratio, as stored; see
             :class:`~torchrec_mpe.app.training.pipeline.Outcome` for those of models that are not packed.
 
     Raises:
         RuntimeError: if packed and retrained embeddings differ by more than rounding.
+        UserError: if the size of coded tables cannot be reached.
     """
     model: nn.Module = trained.model
-    if trained.plan is None:
+    if job.method.kind == "coded":
+        model = compress_trained(job.method, job.data, job.counts, trained.model, job.settings, job.run)
+        sizes = _packed_sizes(model)
+    elif trained.plan is None:
         sizes = _training_sizes(job, trained.model)
     else:
         model = emit_inference_model(model)
-        reports = [m.size_report() for m in model.modules() if isinstance(m, PackedEmbeddingBagCollection)]
-        packed, fp32 = sum(r.total for r in reports), sum(r.fp32_bytes for r in reports)
-        sizes = _sizes(round(trained.plan.average_bits, 6), packed, fp32)
+        sizes = {**_packed_sizes(model), "average_bits": round(trained.plan.average_bits, 6)}
     return model, evaluate(model, job.data, "test", job.run.device), sizes
 
 
@@ -283,6 +288,13 @@ def _sizes(average_bits: float, embedding_bytes: int, fp32_bytes: int) -> dict[s
         "fp32_bytes": fp32_bytes,
         "compression_ratio": round(fp32_bytes / embedding_bytes, 3),
     }
+
+
+def _packed_sizes(model: nn.Module) -> dict[str, Any]:
+    """The sizes of a packed model; bits of an element are those of the rows alone."""
+    reports = [m.size_report() for m in model.modules() if isinstance(m, PackedEmbeddingBagCollection)]
+    packed, fp32 = sum(r.total for r in reports), sum(r.fp32_bytes for r in reports)
+    return _sizes(round(32 * sum(r.payload for r in reports) / fp32, 6), packed, fp32)
 
 
 def _training_sizes(job: Job, model: DistributedModelParallel) -> dict[str, Any]:
