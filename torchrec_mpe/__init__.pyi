@@ -24,6 +24,11 @@ from .precision.from_frequencies import precision_from_frequencies as precision_
 from .precision.plan import PrecisionPlan as PrecisionPlan
 
 # isort: split
+# Compress: code the tables of a trained model in the metric of its loss.
+from .inference.compress.curvature import Curvature as Curvature
+from .inference.compress.curvature import measure_curvature as measure_curvature
+
+# isort: split
 # Serve: packed models, their artifacts and programs.
 from .inference.artifact.save_load import load as load
 from .inference.artifact.save_load import save as save

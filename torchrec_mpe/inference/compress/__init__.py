@@ -1,0 +1,1 @@
+"""A trained model with its tables transform-coded, and its dense network trained on by distillation."""
