@@ -27,6 +27,8 @@ from .precision.plan import PrecisionPlan as PrecisionPlan
 # Compress: code the tables of a trained model in the metric of its loss.
 from .inference.compress.curvature import Curvature as Curvature
 from .inference.compress.curvature import measure_curvature as measure_curvature
+from .inference.compress.distill import distill_ as distill_
+from .inference.compress.distill import distillation_loss as distillation_loss
 
 # isort: split
 # Serve: packed models, their artifacts and programs.

@@ -12,9 +12,10 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.distributed.ranks import Ranks
-from torchrec_mpe.app.training.loop import average_batch_norms, evaluate
+from torchrec_mpe.app.training.loop import evaluate
 from torchrec_mpe.app.training.phase_checkpoints import PhaseCheckpoints
 from torchrec_mpe.app.training.process_group import process_group
+from torchrec_mpe.distributed.batch_norms import average_batch_norms
 from torchrec_mpe.errors import UserError
 
 _SCORES = [0.5, -1.0, 2.0, 0.5, 3.0, -2.0, 0.25]

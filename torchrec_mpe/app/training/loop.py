@@ -23,13 +23,13 @@ from torchrec_mpe.app.training.phase_checkpoints import PhaseCheckpoints, Positi
 from torchrec_mpe.app.training.settings import RunSettings, Settings
 from torchrec_mpe.app.training.step_log import StepLog
 from torchrec_mpe.cache.statistics import CacheStatistics
+from torchrec_mpe.distributed.batch_norms import average_batch_norms
 from torchrec_mpe.distributed.default_sharders import sharders
 from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.penalty import bit_penalty
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
-from torchrec_mpe.upstream.modules import running_statistics
 
 _CURVE_POINTS = 40
 _CACHED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
@@ -201,20 +201,6 @@ def train_phase(
             if checkpoints:
                 checkpoints.save(model, optimizer, schedule, step, Position(epoch + 1))
     return curve
-
-
-@torch.no_grad()
-def average_batch_norms(model: nn.Module) -> None:
-    """Give every rank the mean of the ranks' running statistics, which each rank gathers from its own batches.
-
-    Running statistics are linear in the batches', so that averaging once more in between changes nothing but rounding.
-    """
-    if dist.get_world_size() == 1:
-        return
-    for module in model.modules():
-        for statistics in running_statistics(module):
-            dist.all_reduce(statistics)
-            statistics /= dist.get_world_size()
 
 
 @torch.no_grad()
