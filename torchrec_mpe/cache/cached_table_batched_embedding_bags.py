@@ -244,6 +244,18 @@ class CachedTableBatchedEmbeddingBags(nn.Module):
         chunks = torch.arange(first, first + rows, device=self.current_device).split(_CHUNK)
         return torch.cat([self._rows.current(table, chunk) for chunk in chunks])
 
+    def read_distinct_rows(self, table: int, rows: Tensor) -> Tensor:
+        """Values of some distinct rows, int64 [n], as they are now, float32 [n, dim].
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        if len(rows):
+            first, last = int(rows.min()), int(rows.max())
+            self._check_range(table, first, last - first + 1)
+        chunks = rows.to(self.current_device).split(_CHUNK)
+        return torch.cat([self._rows.current(table, chunk) for chunk in chunks])
+
     def write_rows(self, table: int, first: int, values: Tensor) -> None:
         """Set neighbouring rows, float32 [rows, dim], and clear their optimizer state; cached copies are dropped.
 

@@ -49,6 +49,10 @@ class CachedShard:
         """Values of some of its rows, counted from its first, float32 [stop - start, columns]."""
         return self.emb_module.read_rows(self.table, start, stop - start)
 
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Values of some distinct rows, int64 [n], counted from its first, float32 [n, columns]."""
+        return self.emb_module.read_distinct_rows(self.table, rows)
+
     def write(self, start: int, values: Tensor) -> None:
         """Set rows from ``start`` on, and clear their optimizer state."""
         self.emb_module.write_rows(self.table, start, values)

@@ -38,6 +38,9 @@ class RowShard(Protocol):
     def read(self, start: int, stop: int) -> Tensor:
         """Values of some of its rows, counted from its first, [stop - start, columns]."""
 
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Values of some distinct rows, int64 [n], counted from its first, [n, columns]."""
+
 
 @dataclass(frozen=True, eq=False)
 class TensorShard:
@@ -58,3 +61,6 @@ class TensorShard:
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop]
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        return self.values[rows.to(self.values.device)]
