@@ -9,9 +9,9 @@ import torch
 
 from tests.coding.tables import Ranks, RowsOfRank, trained, weight_of
 from torchrec_mpe.coding.code_tables import CodedTable, code_tables
-from torchrec_mpe.coding.encode import coded_rows
 from torchrec_mpe.coding.owned_rows import TableToCode, WholeTable
 from torchrec_mpe.coding.size import bytes_of
+from torchrec_mpe.packing.encode import coded_rows
 from torchrec_mpe.packing.table_coding import PlainRows, TransformedRows
 
 

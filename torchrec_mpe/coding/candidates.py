@@ -13,8 +13,9 @@ from torchrec_mpe.coding.owned_rows import TableToCode
 from torchrec_mpe.coding.sample import sample_rows
 from torchrec_mpe.coding.size import LEVEL_BYTES, RUN_BYTES, CodedRun, TableRuns
 from torchrec_mpe.coding.transform import fit_transform
+from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS
 from torchrec_mpe.packing.bit_widths import MAX_BITS
-from torchrec_mpe.packing.table_coding import COMPONENT_BLOCKS, PlainRows, RowCoding, TransformedRows
+from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TransformedRows
 from torchrec_mpe.precision.frequency_order import counts_in_order, frequency_order
 
 _COMPUTE_PRICE = 1.0  # bytes that a multiplication by an element of the basis, one each bag, may save or cost

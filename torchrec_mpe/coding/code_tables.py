@@ -9,7 +9,8 @@ from tqdm import tqdm
 from torchrec_mpe.coding.allocation import allocate
 from torchrec_mpe.coding.candidates import GroupChoice, TableCandidates, TableChoice, joined
 from torchrec_mpe.coding.owned_rows import TableToCode
-from torchrec_mpe.packing.table_coding import MAX_COMPONENTS, PlainRows, RowCoding, TableCoding
+from torchrec_mpe.ops.reference.run_coding import MAX_COMPONENTS
+from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding
 
 _SMALL_DIM = 32
 _FEW_COMPONENTS = 8

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.coding.owned_rows import TableToCode
-from torchrec_mpe.packing.table_coding import MAX_COMPONENTS
+from torchrec_mpe.ops.reference.run_coding import MAX_COMPONENTS
 
 _DAMPING = 0.02  # of the mean curvature of an element, added to every one
 

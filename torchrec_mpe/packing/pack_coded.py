@@ -22,7 +22,7 @@ class CodedTableToPack:
         name (str): table.
         coding (TableCoding): of every row.
         pieces (Callable[[], Iterable[tuple[int, Tensor]]]): the rows that this process has, a few MiB at a time: the id
-            of the first row, and float32 [n, D], on any device. Rows that all processes leave out are zero codes.
+            of the first row, and float32 [n, D], on any device. Rows that all processes leave out have codes of 0.
         sum_over_ranks (Optional[Callable[[Tensor], Tensor]]): the sum of a uint8 tensor over the processes that each
             have a part of the rows; every one of them calls :func:`pack_tables`. None: this one has all rows.
         directory (str): "ranked", "remap", or "auto": ranked, where ids are in the frequency order.
@@ -39,7 +39,7 @@ def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tens
     """Encode a table's rows into its part of the weights, zeros of ``layout.end`` bytes.
 
     Raises:
-        ValueError: naming the table, if rows have another shape or dtype, or hold NaN.
+        ValueError: naming the table, if rows have another shape or dtype, or those with bits hold NaN or infinity.
     """
     coding = table.coding
     bounds = torch.tensor(coding.bounds[1:], dtype=torch.int64)
@@ -50,9 +50,6 @@ def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tens
                 f"table {table.name}: rows from {first} on must be float32 [n, {coding.embedding_dim}] of its "
                 f"{coding.num_embeddings} rows, got {rows.dtype} {list(rows.shape)}"
             )
-        wrong = rows.isnan().any(1).nonzero()
-        if wrong.numel():
-            raise ValueError(f"table {table.name}: row {first + int(wrong[0])} holds NaN")
         places = torch.arange(first, stop) if coding.order is None else coding.order[first:stop].cpu().long()
         groups = torch.searchsorted(bounds, places, right=True)
         for g in groups.unique().tolist():
@@ -60,7 +57,8 @@ def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tens
             if run.row_bits == 0:
                 continue
             chosen = (groups == g).nonzero().squeeze(1)
-            codes = encode(rows[chosen.to(rows.device)].detach(), group, coding).cpu()
+            of_group = rows[chosen.to(rows.device)].detach().cpu()
+            codes = encode(of_group, group, coding, table=table.name, ids=first + chosen)
             starts = run.base + (places[chosen] - run.first) * run.row_bits
             if isinstance(group, PlainRows):
                 packed = pack_codes(codes, group.bits)

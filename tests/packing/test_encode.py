@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_mpe.coding.encode import coded_rows, decode, encode
+from torchrec_mpe.ops.reference.run_coding import component_bits
+from torchrec_mpe.packing.encode import coded_rows, decode, encode
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
 
 
@@ -17,11 +18,8 @@ def coding(dim: int, components: int, group: RowCoding, rows: int = 5000, seed: 
 
 
 def transformed(block_bits: tuple[int, ...], components: int, scale: float = 0.0625) -> TransformedRows:
-    empty = TransformedRows((0,) * 5, (), (), components)
-    bits = TransformedRows.component_bits.fget(  # type: ignore[attr-defined]
-        type("Widths", (), {"block_bits": block_bits, "components": empty.components})()
-    )
-    used = [b for b in bits if b]
+    coding = sum(bits << 4 * block for block, bits in enumerate(block_bits))
+    used = [bits for bits in component_bits(coding, components) if bits]
     return TransformedRows(
         block_bits, tuple(scale for _ in used), tuple(-scale * 2 ** (b - 1) for b in used), components
     )
