@@ -57,7 +57,7 @@ def test_all_singletons_alike_are_split_to_use_the_budget() -> None:
     for budget in (3000, 4000, 7000):
         tables = [TableCandidates(table, 8)]
         (choice,) = allocate(tables, budget)
-        assert 0.99 * budget <= total(tables, [choice]) <= budget
+        assert min(0.99 * budget, budget - 64) <= total(tables, [choice]) <= budget
         assert len(choice.groups) <= 3
 
 

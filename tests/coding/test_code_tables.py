@@ -10,8 +10,8 @@ import torch
 from tests.coding.tables import Ranks, RowsOfRank, trained, weight_of
 from torchrec_mpe.coding.code_tables import CodedTable, code_tables
 from torchrec_mpe.coding.owned_rows import TableToCode, WholeTable
-from torchrec_mpe.coding.size import bytes_of
 from torchrec_mpe.packing.encode import coded_rows
+from torchrec_mpe.packing.size import packed_bytes
 from torchrec_mpe.packing.table_coding import PlainRows, TransformedRows
 
 
@@ -35,7 +35,7 @@ def test_expected_errors_are_those_of_decoded_rows(ratio: int) -> None:
     budget = sizes(tables) // ratio + 4 * 1500
     found = code_tables(tables, budget)
     assert list(found) == ["a", "b"]
-    assert 0.99 * budget <= bytes_of(c.coding for c in found.values()) <= budget
+    assert 0.99 * budget <= packed_bytes({n: c.coding for n, c in found.items()}).total <= budget
     for table in tables:
         coded = found[table.name]
         assert abs(measured_error(table, coded) / coded.summary.error - 1) < 0.1
@@ -48,7 +48,7 @@ def test_every_dimension_and_tables_of_one_row(dim: int, rows: int) -> None:
     table = trained(rows, dim)
     budget = 300 + 6 * dim + dim * rows
     coded = code_tables([table], budget)["t"]
-    assert bytes_of([coded.coding]) <= budget
+    assert packed_bytes({"t": coded.coding}).total <= budget
     assert coded.coding.components == coded.summary.components <= min(dim, 16 if dim <= 32 else 8)
     assert measured_error(table, coded) <= 1.01 * coded.summary.error + 1e-4 * coded.summary.deviation
 
@@ -125,7 +125,7 @@ def test_many_small_tables_are_not_eaten_by_metadata() -> None:
     tables = [trained(n, 16, k, f"s{k}") for k, n in enumerate(small)] + [trained(20000, 16, 99, "large")]
     budget = sizes(tables) // 60
     found = code_tables(tables, budget)
-    assert 0.99 * budget <= bytes_of(c.coding for c in found.values()) <= budget
+    assert 0.99 * budget <= packed_bytes({n: c.coding for n, c in found.items()}).total <= budget
     relative = [found[t.name].summary.error / found[t.name].summary.deviation for t in tables[:-1]]
     assert sum(relative) / len(relative) < 0.2
     metadata = sum(20 * len(c.coding.groups) + 2 * sum(len(g.levels) for g in c.coding.groups) for c in found.values())

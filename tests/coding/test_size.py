@@ -1,39 +1,36 @@
-"""Bytes of coded tables, counted by hand."""
+"""Bytes while a coding is chosen are those of the packed tables."""
 
-import torch
+import pytest
 
-from torchrec_mpe.coding.size import CodedRun, TableRuns, bytes_of, coded_bytes
-from torchrec_mpe.packing.table_coding import PlainRows, TableCoding, TransformedRows
+from tests.packing.random_codings import random_coding
+from torchrec_mpe.coding.size import CodedRun, TableRuns, coded_bytes
+from torchrec_mpe.packing.size import packed_bytes
+from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
+
+
+def runs_of(coding: TableCoding) -> TableRuns:
+    dim = coding.embedding_dim
+    runs = tuple(
+        CodedRun(stop - first, group.row_bits(dim), len(group.levels), isinstance(group, PlainRows))
+        for first, stop, group in zip(coding.bounds, coding.bounds[1:], coding.groups, strict=False)
+    )
+    zero_row = coding.zero_row is not None and PlainRows(0) in coding.groups
+    return TableRuns(runs, coding.num_embeddings, dim, coding.components, coding.order is not None, zero_row)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_are_those_of_the_packed_tables(seed: int) -> None:
+    shapes = [(1, 1, 1), (37, 3, 2), (400, 16, 16), (150, 40, 8), (90, 64, 0)]
+    codings = {
+        f"t{k}": random_coding(seed * 10 + k, rows, dim, components, remap=(seed + k) % 3 == 0)[0]
+        for k, (rows, dim, components) in enumerate(shapes)
+    }
+    assert coded_bytes(map(runs_of, codings.values())) == packed_bytes(codings).total
 
 
 def test_a_table_is_counted_by_hand() -> None:
-    groups = (PlainRows(3, 0.5), TransformedRows((5, 2, 0, 0, 0), (1.0, 1.0), (0.0, 0.0), 4), PlainRows(0))
-    table = TableCoding(100, 16, (0, 10, 81, 100), groups, torch.ones(5, 16).half(), torch.ones(16, 4), torch.zeros(16))
-    rows = 10 * 6 + -(-71 * 7 // 8)
+    runs = (CodedRun(10, 48, 1, True), CodedRun(71, 7, 4, False), CodedRun(19, 0, 0, True))
+    table = TableRuns(runs, 100, 16, 4, False, True)
     metadata = 48 + 3 * 20 + 2 * (1 + 4) + 5 * 16 * 2 + 4 * 16
-    assert bytes_of([table]) == 68 + rows + metadata
-
-
-def test_ids_that_are_not_ranks_cost_an_int32_a_row() -> None:
-    order = torch.arange(100, dtype=torch.int32).flip(0)
-    plain = [
-        TableCoding(100, 8, (0, 100), (PlainRows(1, 1.0),), torch.ones(1, 8).half(), torch.ones(8, 0), order=places)
-        for places in (None, order)
-    ]
-    assert bytes_of(plain[1:]) - bytes_of(plain[:1]) == 448
-
-
-def test_plain_runs_and_their_tables_are_aligned() -> None:
-    def table(*runs: CodedRun) -> TableRuns:
-        return TableRuns(runs, 30, 16, 1, False, False)
-
-    bits = table(CodedRun(3, 3, 2, False))
-    assert bits.sizes == (2, 8, 48 + 20 + 4 + 64)
-    after_bits = table(CodedRun(3, 3, 2, False), CodedRun(4, 48, 1, True))
-    assert (after_bits.row_bytes, after_bits.alignment) == (2 + 24, 8)
-    wide = table(CodedRun(3, 3, 2, False), CodedRun(4, 128 * 8, 1, True))
-    assert (wide.row_bytes, wide.alignment) == (64 + 512, 64)
-    empty = table(CodedRun(3, 0, 0, True), CodedRun(3, 0, 0, False))
-    assert (empty.row_bytes, empty.alignment) == (0, 8)
-    metadata = [t.metadata_bytes for t in (bits, wide, bits)]
-    assert coded_bytes([bits, wide, bits]) == 68 + 64 + 576 + 2 + sum(metadata)
+    assert table.sizes == (10 * 6 + -(-71 * 7 // 8), 8, metadata)
+    assert coded_bytes([table]) == 4 + 64 + 128 + metadata

@@ -11,10 +11,11 @@ from torchrec_mpe.coding.groups import count_bounds
 from torchrec_mpe.coding.levels import GroupLevels, fit_levels
 from torchrec_mpe.coding.owned_rows import TableToCode
 from torchrec_mpe.coding.sample import sample_rows
-from torchrec_mpe.coding.size import LEVEL_BYTES, RUN_BYTES, CodedRun, TableRuns
+from torchrec_mpe.coding.size import LEVEL_BYTES, CodedRun, TableRuns
 from torchrec_mpe.coding.transform import fit_transform
 from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS
 from torchrec_mpe.packing.bit_widths import MAX_BITS
+from torchrec_mpe.packing.layout import RUN_BYTES
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TransformedRows
 from torchrec_mpe.precision.frequency_order import counts_in_order, frequency_order
 

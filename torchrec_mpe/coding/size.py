@@ -1,19 +1,15 @@
-"""Bytes of coded tables before they are packed: every byte is counted."""
+"""Bytes of coded tables while their coding is chosen: those of ``packed_bytes``, from nothing but rows and widths."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
-
-RUN_BYTES = 20
-"""The record of a run, and its first rank."""
+from torchrec_mpe.packing.layout import CODED_ALIGNMENT, END_PADDING, RUN_BYTES, aligned, run_alignment
 
 LEVEL_BYTES = 2
 """A bfloat16."""
 
 _TABLE_BYTES = 48  # offsets, kinds and sizes of a table, one number each
-_COLLECTION_BYTES = 4 + 64  # the end of the runs, and the padding behind the last row
-_LINE_BITS = 8 * 64
+_COLLECTION_BYTES = 4 + END_PADDING  # the end of the runs
 
 
 @dataclass(frozen=True)
@@ -33,9 +29,9 @@ class CodedRun:
     plain: bool
 
     @property
-    def alignment_bits(self) -> int:
-        """Plain rows: the largest power of 2 that divides a row, at most 64 bytes."""
-        return min(self.row_bits & -self.row_bits, _LINE_BITS) if self.plain and self.row_bits else 1
+    def alignment(self) -> int:
+        """Bytes to whose multiple plain rows are aligned; 0: transformed rows, not even to whole bytes."""
+        return run_alignment(self.row_bits // 8) if self.plain else 0
 
 
 @dataclass(frozen=True)
@@ -69,20 +65,20 @@ class TableRuns:
         end = 0
         for run in self.runs:
             if run.row_bits:
-                end = _aligned(end, run.alignment_bits) + run.rows * run.row_bits
+                end = _next(end, 8 * run.alignment or 1) + run.rows * run.row_bits
         return -(-end // 8)
 
     @property
     def alignment(self) -> int:
-        """Bytes that the table's first row is aligned to."""
-        return max([8, *(run.alignment_bits // 8 for run in self.runs)])
+        """Bytes to whose multiple the table's first row is aligned."""
+        return max([CODED_ALIGNMENT, *(run.alignment for run in self.runs)])
 
     @property
     def metadata_bytes(self) -> int:
         """All bytes but those of rows."""
         levels = sum(run.levels for run in self.runs)
         basis = 2 * (self.components + 1) * self.embedding_dim
-        directory = _aligned(4 * self.num_embeddings, 64) if self.remapped else 0
+        directory = aligned(4 * self.num_embeddings) if self.remapped else 0
         zero_row = 4 * self.embedding_dim if self.zero_row else 0
         return _TABLE_BYTES + RUN_BYTES * len(self.runs) + LEVEL_BYTES * levels + basis + zero_row + directory
 
@@ -96,25 +92,9 @@ def collection_bytes(tables: Sequence[tuple[int, int, int]]) -> int:
     """The same from the sizes of each table."""
     end = 0
     for rows, alignment, _ in tables:
-        end = _aligned(end, alignment) + rows
-    return _COLLECTION_BYTES + end + sum(metadata for _, _, metadata in tables)
+        end = _next(end, alignment) + rows
+    return _COLLECTION_BYTES + aligned(end) + sum(metadata for _, _, metadata in tables)
 
 
-def _aligned(value: int, alignment: int) -> int:
+def _next(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
-
-
-def bytes_of(codings: Iterable[TableCoding]) -> int:
-    """Bytes of a collection of tables coded like this."""
-    return coded_bytes(_runs(coding) for coding in codings)
-
-
-def _runs(coding: TableCoding) -> TableRuns:
-    dim = coding.embedding_dim
-    runs = tuple(
-        CodedRun(stop - first, group.row_bits(dim), len(group.levels), isinstance(group, PlainRows))
-        for first, stop, group in zip(coding.bounds, coding.bounds[1:], coding.groups, strict=False)
-    )
-    return TableRuns(
-        runs, coding.num_embeddings, dim, coding.components, coding.order is not None, coding.zero_row is not None
-    )

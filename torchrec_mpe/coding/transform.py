@@ -85,9 +85,11 @@ def _moments(table: TableToCode) -> tuple[float, Tensor, Tensor]:
     total, moment = sums[3 : 3 + dim], sums[3 + dim :].view(dim, dim)
     bad: int | None = None
     for first, piece in table.rows.pieces():
-        if not bool(piece.isfinite().all()):
+        # Pieces are read to the end all the same: other ranks may take part in each.
+        if bad is None and not bool(piece.isfinite().all()):
             bad = first + int(torch.nonzero(~piece.isfinite().all(1))[0])
-            break
+        if bad is not None:
+            continue
         weights = table.row_weights(slice(first, first + len(piece)))
         rows = piece.double()
         weighted = rows * weights.unsqueeze(1)
