@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS
+from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import TableToPack, pack_tables
 from torchrec_mpe.packing.pack_coded import CodedTableToPack
+from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
 
 
@@ -75,3 +78,44 @@ def coded_table(name: str, coding: TableCoding, values: Tensor, piece: int = 1 <
     return CodedTableToPack(
         name, coding, lambda: ((k, values[k : k + piece].float()) for k in range(0, len(values), piece))
     )
+
+
+def coded_collection(
+    seed: int, dims: Sequence[int], components: Sequence[int | None], *, rows: int = 200, remap: bool = False
+) -> tuple[PackedTables, list[Tensor]]:
+    """One table for each pair of ``dims`` and ``components``, on the CPU.
+
+    Args:
+        seed (int): of everything.
+        dims (Sequence[int]): D of each table.
+        components (Sequence[Optional[int]]): K of each, at most D; None: it is not coded, of random widths.
+        rows (int): of each table.
+        remap (bool): ids of coded tables are in an order of their own.
+
+    Returns:
+        tuple[PackedTables, list[Tensor]]: tables "t0", "t1", ... and float64 [rows, D] what each decodes to.
+    """
+    tables: list[TableToPack | CodedTableToPack] = []
+    dense: list[Tensor] = []
+    generator = torch.Generator().manual_seed(seed)
+    for t, (dim, count) in enumerate(zip(dims, components, strict=True)):
+        if count is not None:
+            coding, values = random_coding(seed + t, rows, dim, min(count, dim), remap=remap)
+            tables.append(coded_table(f"t{t}", coding, values))
+            dense.append(values)
+            continue
+        bits = torch.randint(1, 9, (2,), generator=generator).tolist()
+        bounds = (0, rows // 2, rows) if rows > 1 else (0, rows)
+        widths = TableBitWidths(rows, dim, bounds, tuple(bits[: len(bounds) - 1]))
+        alpha = torch.tensor([0.0, *(2.0**-k for k in range(8))])
+        integers = torch.cat(
+            [
+                torch.randint(-(1 << b - 1), 1 << b - 1, (stop - start, dim), generator=generator) * float(alpha[b])
+                for start, stop, b in zip(bounds, bounds[1:], bits, strict=False)
+            ]
+        )
+        tables.append(
+            TableToPack(f"t{t}", widths, lambda start, stop, x=integers: x[start:stop], alpha, torch.zeros(dim))
+        )
+        dense.append(integers.double())
+    return pack_tables(tables), dense

@@ -16,6 +16,7 @@ from torchrec_mpe.ops.triton import (
     quantize_rows,
     segment_sum,
     stored_rows,
+    transformed_rows,
 )
 
 I8, I32, I64, F32, F64 = "*u8", "*i32", "*i64", "*fp32", "*fp64"
@@ -39,31 +40,46 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     print(f"{kernel.fn.__name__} {constants}: {len(compiled.asm['cubin'])} bytes")
 
 
-def lookup(dim: int, mode: BoundsCheckMode, ids: str = I64, weighted: bool = False, compute: Any = tl.float32) -> None:
+def lookup(
+    dim: int,
+    mode: BoundsCheckMode,
+    ids: str = I64,
+    weighted: bool = False,
+    compute: Any = tl.float32,
+    coded: bool = False,
+) -> None:
     bytes_ = dict.fromkeys(("weights", "directory"), I8)
     wide = ("weights_offsets", "run_records", "directory_offsets", "faults", "warning", "offsets")
     narrow = ("rows_per_table", "run_starts", "run_offsets", "directory_kinds", "beta_offsets", "scale_index")
-    floats = dict.fromkeys(("alpha", "beta", "zero_rows", "per_sample_weights"), F32)
+    floats = dict.fromkeys(("alpha", "beta", "zero_rows", "of_runs", "per_sample_weights"), F32)
     types = {
         **bytes_,
         **dict.fromkeys(wide, I64),
-        **dict.fromkeys((*narrow, "zero_row_offsets", "features"), I32),
+        **dict.fromkeys((*narrow, "zero_row_offsets", "bases_offsets", "components", "features"), I32),
         **floats,
+        "bases": "*fp16",
         "indices": ids,
         "out": F64 if compute == tl.float64 else "*fp16",
     }
-    rows, bags, lanes = packed_embedding_bag.tile_shape(dim)
+    rows, bags, lanes = packed_embedding_bag.tile_shape(dim, coded)
     constants = {
         "MODE": int(mode),
         "COUNT_WARNINGS": mode == BoundsCheckMode.WARNING,
         "WEIGHTED": weighted,
+        "CODED": coded,
         "COMPUTE": compute,
         "COLUMN_MULTIPLE": 8,
         "ROWS": rows,
         "BAGS": bags,
         "LANES": lanes,
     }
-    compile_kernel(packed_embedding_bag._lookup_kernel, types, constants, num_warps=1, maxnreg=128)
+    compile_kernel(
+        packed_embedding_bag._lookup_kernel,
+        types,
+        constants,
+        num_warps=1,
+        maxnreg=packed_embedding_bag.max_registers(coded),
+    )
 
 
 def quantization(search: bool, real: str, dim: int) -> None:
@@ -135,6 +151,19 @@ def main(part: str) -> None:
         lookup(64, BoundsCheckMode.FATAL, ids=I32, weighted=True)
         lookup(128, BoundsCheckMode.NONE)
         lookup(1024, BoundsCheckMode.IGNORE, compute=tl.float64)
+        for dim in (16, 64, 256, 1024):
+            lookup(dim, BoundsCheckMode.FATAL, weighted=True, coded=True)
+        lookup(128, BoundsCheckMode.NONE, compute=tl.float64, coded=True)
+        compile_kernel(
+            transformed_rows._levels_kernel,
+            {
+                "run_records": I64,
+                "levels": "*bf16",
+                "levels_of_runs": F32,
+                **dict.fromkeys(("run_offsets", "levels_offsets", "components"), I32),
+            },
+            {"BLOCK_RUNS": transformed_rows._BLOCK_RUNS},
+        )
     elif part == "cache":
         cache(lfu=True)
         cache(lfu=False)

@@ -1,6 +1,6 @@
-"""The lookup of packed tables: one launch for all features."""
+"""The lookup of packed tables: one launch for all features, and a small one before it for coded tables' levels."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, assignment"
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +15,7 @@ from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.check_bags import check_bags, check_call, check_offsets, check_out
 from torchrec_mpe.ops.triton.device import check_device
 from torchrec_mpe.ops.triton.row_directory import find_rows
+from torchrec_mpe.ops.triton.transformed_rows import add_basis, add_components, levels_of_runs, load_bits
 
 _FATAL = tl.constexpr(int(BoundsCheckMode.FATAL))
 _WARNING = tl.constexpr(int(BoundsCheckMode.WARNING))
@@ -38,17 +39,6 @@ def _bag_span(offsets, faults, feature, num_features, bag, batch, num_ids, MODE:
         start = tl.minimum(tl.maximum(start, 0), num_ids)
         end = tl.minimum(tl.maximum(end, start), num_ids)
     return start, end
-
-
-@triton.jit
-def _load_block(row_words, byte, bits, mask):
-    """The bits of a block that starts ``byte`` bytes after an aligned address, from its lowest on, as uint64."""
-    # A block is at most 8 bytes: in one or two aligned words, which the end padding keeps inside the buffer.
-    in_word = byte & 7
-    low = tl.load(row_words + (byte >> 3), mask=mask, other=0)
-    high = tl.load(row_words + (byte >> 3) + 1, mask=mask & (in_word + bits > 8), other=0)
-    shift = (in_word * 8).to(tl.uint64)
-    return (low >> shift) | ((high << 1) << (63 - shift))
 
 
 @triton.jit
@@ -99,6 +89,10 @@ def _lookup_kernel(
     scale_index,
     zero_rows,
     zero_row_offsets,
+    of_runs,
+    bases,
+    bases_offsets,
+    components,
     features,
     indices,
     offsets,
@@ -115,6 +109,7 @@ def _lookup_kernel(
     MODE: tl.constexpr,  # noqa: N803
     COUNT_WARNINGS: tl.constexpr,  # noqa: N803
     WEIGHTED: tl.constexpr,  # noqa: N803
+    CODED: tl.constexpr,  # noqa: N803
     COMPUTE: tl.constexpr,  # noqa: N803
     COLUMN_MULTIPLE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -126,6 +121,9 @@ def _lookup_kernel(
     Tiles are [ROWS, BAGS, LANES] with BAGS * LANES = 32: a lane of the warp holds two blocks of one bag and sums their
     rows in its registers, and the loads of all its rows are under way before the first is used. The lanes of a bag look
     its rows up in the directory each for themselves: handing the result over would cost about as much.
+
+    CODED: some tables are coded. The components of their transformed rows are summed beside, shared out among the lanes
+    of a bag, and multiplied by the basis once a bag.
     """
     program = tl.program_id(0)
     lane = tl.arange(0, LANES)[None, None, :]
@@ -145,6 +143,12 @@ def _lookup_kernel(
     table_start = tl.load(weights_offsets + table)
     scale_set = tl.load(scale_index + table)
     words = weights.to(tl.pointer_type(tl.uint64))
+    basis_start = -1
+    sums = ()
+    if CODED:
+        for _ in tl.static_range(max(16 // LANES, 1)):
+            sums += (tl.zeros([BAGS, LANES], dtype=COMPUTE),)
+        basis_start = tl.load(bases_offsets + table)
 
     bag = first_bag + tl.arange(0, BAGS)
     start, end = _bag_span(offsets, faults, feature, num_features, bag, batch, num_ids, MODE)
@@ -171,7 +175,7 @@ def _lookup_kernel(
                 tl.atomic_add(warning, count, mask=count > 0)
             row = tl.where(is_bad, tl.where(row_limit > 0, 0, -1), row)
         is_row = row >= 0
-        row_start, bits = find_rows(
+        row_start, coding, run = find_rows(
             run_records,
             run_starts,
             run_offsets,
@@ -187,18 +191,27 @@ def _lookup_kernel(
         weight = is_row.to(COMPUTE)
         if WEIGHTED:
             weight = tl.load(per_sample_weights + position, mask=is_row, other=0.0).to(COMPUTE)
-        has_bits = bits > 0
+        # Transformed rows have a coding below 0, and no bits of elements.
+        has_bits = coding != 0
+        bits = tl.maximum(coding, 0) if CODED else coding
         weight_of_beta += tl.sum(tl.where(has_bits, weight, 0.0), axis=0)
         weight_of_zero += tl.sum(tl.where(has_bits, 0.0, weight), axis=0)
-        scale = tl.where(has_bits, weight * tl.load(alpha + scale_set * 9 + bits).to(COMPUTE), 0.0)
+        row_start += table_start * 8
+        row_words = words + (row_start >> 6)
+        bit = (row_start & 63).to(tl.int32)
+        if CODED:
+            sums = add_components(sums, row_words, bit, coding, run, weight, of_runs, COMPUTE, LANES)
+            step = tl.where(basis_start >= 0, of_runs + run * 32, alpha + scale_set * 9 + bits)
+            step_size = tl.load(step, mask=bits > 0, other=0.0).to(COMPUTE)
+        else:
+            step_size = tl.load(alpha + scale_set * 9 + bits).to(COMPUTE)
+        scale = tl.where(bits > 0, weight * step_size, 0.0)
         centre = (0x4B000000 | ((1 << bits) >> 1)).to(tl.float32, bitcast=True)
-        row_start += table_start
-        row_words = words + (row_start >> 3)
-        byte = (row_start & 7).to(tl.int32) + block * bits
+        bit += block * bits * 8
         is_read = (bits > 0) & (block * 8 < dim)
-        stream = _load_block(row_words, byte, bits, is_read)
+        stream = load_bits(row_words, bit, bits * 8, is_read)
         second_is_read = (bits > 0) & (block * 8 + 8 < dim)
-        second_stream = _load_block(row_words, byte + bits, bits, second_is_read)
+        second_stream = load_bits(row_words, bit + bits * 8, bits * 8, second_is_read)
         a0, a1, a2, a3, a4, a5, a6, a7 = _add_block(a0, a1, a2, a3, a4, a5, a6, a7, stream, bits, centre, scale)
         b0, b1, b2, b3, b4, b5, b6, b7 = _add_block(b0, b1, b2, b3, b4, b5, b6, b7, second_stream, bits, centre, scale)
 
@@ -215,7 +228,15 @@ def _lookup_kernel(
     pooled = tl.reshape(pooled, [BAGS, LANES * 16])
     column = first_column + tl.arange(0, LANES * 16)
     in_table = column < dim
-    offset = tl.load(beta + tl.load(beta_offsets + scale_set) + column, mask=in_table, other=0.0).to(COMPUTE)
+    if CODED:
+        if basis_start >= 0:
+            count = tl.load(components + table)
+            pooled = add_basis(pooled, sums, bases + basis_start, count, dim, column, COMPUTE, LANES)
+            offset = tl.load(bases + basis_start + count * dim + column, mask=in_table, other=0.0).to(COMPUTE)
+        else:
+            offset = tl.load(beta + tl.load(beta_offsets + scale_set) + column, mask=in_table, other=0.0).to(COMPUTE)
+    else:
+        offset = tl.load(beta + tl.load(beta_offsets + scale_set) + column, mask=in_table, other=0.0).to(COMPUTE)
     pooled += tl.max(weight_of_beta, axis=1)[:, None] * offset[None, :]
     zero_start = tl.load(zero_row_offsets + table)
     zero = tl.load(zero_rows + zero_start + column, mask=in_table & (zero_start >= 0), other=0.0).to(COMPUTE)
@@ -240,13 +261,19 @@ def _features_on(
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def tile_shape(embedding_dim: int) -> tuple[int, int, int]:
+def tile_shape(embedding_dim: int, coded: bool) -> tuple[int, int, int]:
     """ROWS, BAGS and LANES of a program of one warp for tables of up to ``embedding_dim`` elements.
 
+    Where some table is coded a lane has components too, and room for half the rows.
     Where features differ in dimension, lanes beyond the end of a narrow table's rows idle.
     """
     lanes = min(triton.next_power_of_2(triton.cdiv(embedding_dim, 16)), 32)
-    return 4, 32 // lanes, lanes
+    return 2 if coded else 4, 32 // lanes, lanes
+
+
+def max_registers(coded: bool) -> int:
+    """Of a lane: 16 programs on a multiprocessor, 12 where some table is coded; either spills little."""
+    return 168 if coded else 128
 
 
 def packed_embedding_bag(
@@ -265,6 +292,11 @@ def packed_embedding_bag(
     scale_index: Tensor,
     zero_rows: Tensor,
     zero_row_offsets: Tensor,
+    levels: Tensor,
+    levels_offsets: Tensor,
+    bases: Tensor,
+    bases_offsets: Tensor,
+    components: Tensor,
     D_offsets: Sequence[int],  # noqa: N803
     feature_table_map: Sequence[int],
     pooling_mode: Sequence[int],
@@ -307,8 +339,10 @@ def packed_embedding_bag(
 
     features = _features_on(tuple(D_offsets), tuple(feature_table_map), tuple(pooling_mode), weights.device)
     faults = torch.full((2,), _NO_FAULT, dtype=torch.int64, device=weights.device) if is_fatal else offsets
+    coded = bases.numel() > 0
+    of_runs = levels_of_runs(run_records, run_offsets, levels, levels_offsets, components) if coded else alpha
     max_dim = max(stop - start for start, stop in pairwise(D_offsets))
-    rows, bags, lanes = tile_shape(max_dim)
+    rows, bags, lanes = tile_shape(max_dim, coded)
     bag_programs = triton.cdiv(batch, bags)
     column_programs = triton.cdiv(max_dim, lanes * 16)
     _lookup_kernel[(num_features * bag_programs * column_programs,)](
@@ -327,6 +361,10 @@ def packed_embedding_bag(
         scale_index,
         zero_rows,
         zero_row_offsets,
+        of_runs,
+        bases,
+        bases_offsets,
+        components,
         features,
         indices.contiguous(),
         offsets.contiguous(),
@@ -343,13 +381,14 @@ def packed_embedding_bag(
         MODE=int(bounds_check_mode),
         COUNT_WARNINGS=bounds_check_mode == BoundsCheckMode.WARNING and bounds_check_warning is not None,
         WEIGHTED=per_sample_weights is not None,
+        CODED=coded,
         COMPUTE=tl.float64 if output_dtype == torch.float64 else tl.float32,
         COLUMN_MULTIPLE=math.gcd(16, *D_offsets),
         ROWS=rows,
         BAGS=bags,
         LANES=lanes,
         num_warps=1,
-        maxnreg=128,  # 16 programs on a multiprocessor; only the rare directories spill a little
+        maxnreg=max_registers(coded),
     )
     if is_fatal:
         bad_position, bad_bag = faults.tolist()

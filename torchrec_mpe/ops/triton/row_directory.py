@@ -1,4 +1,4 @@
-"""From row ids to the bytes and bit-widths of packed rows, for every kind of directory."""
+"""From row ids to the places and codings of packed rows, for every kind of directory."""
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 import triton
@@ -66,7 +66,7 @@ def _nibble_row(lines, row, mask):
 
 @triton.jit
 def _run_row(run_records, run_starts, run_offsets, table, rank, mask):
-    """The first byte of each row in its table, int64, and the row's bit-width, by the run of its rank."""
+    """The first bit of each row in its table, int64, its coding and its run, by its rank."""
     first = tl.load(run_offsets + table)
     remaining = tl.load(run_offsets + table + 1) - first
     mask = mask & (remaining > 0)
@@ -77,7 +77,7 @@ def _run_row(run_records, run_starts, run_offsets, table, rank, mask):
         remaining -= half
     base = tl.load(run_records + 2 * run.to(tl.int64), mask=mask, other=0)
     record = tl.load(run_records + 2 * run.to(tl.int64) + 1, mask=mask, other=0)
-    return base + rank.to(tl.int64) * (record & 0xFFFFFFFF), (record >> 32).to(tl.int32)
+    return base + rank.to(tl.int64) * (record & 0xFFFFFFFF), (record >> 32).to(tl.int32), run
 
 
 @triton.jit
@@ -101,7 +101,8 @@ def find_rows(
         mask: int1 tile, whether there is a row; nothing is read where not.
 
     Returns:
-        int64 tile, the byte of each row from the table's first, and int32 tile, its bit-width, 0 outside the mask.
+        int64 tile, the bit of each row from the table's first byte on; int32 tiles, its coding, negative if it is
+        transformed and 0 outside the mask, and its run, where the directory has runs.
     """
     kind = tl.load(directory_kinds + table)
     lines = directory + tl.load(directory_offsets + table)
@@ -115,8 +116,9 @@ def find_rows(
     if (kind == _NIBBLE) | (kind == _BITMAP_NIBBLE):
         if kind == _BITMAP_NIBBLE:
             lines += tl.cdiv(num_rows, _BITMAP_ROWS).to(tl.int64) * _LINE_BYTES
-        unit, bits = _nibble_row(lines, rank, stored)
-        start = unit * tl.cdiv(dim, 8)
+        unit, coding = _nibble_row(lines, rank, stored)
+        start = unit * (tl.cdiv(dim, 8) * 8)
+        run = tl.zeros_like(rank)
     else:
-        start, bits = _run_row(run_records, run_starts, run_offsets, table, rank, stored)
-    return start, tl.where(stored, bits, 0)
+        start, coding, run = _run_row(run_records, run_starts, run_offsets, table, rank, stored)
+    return start, tl.where(stored, coding, 0), run
