@@ -25,6 +25,7 @@ from .precision.plan import PrecisionPlan as PrecisionPlan
 
 # isort: split
 # Compress: code the tables of a trained model in the metric of its loss.
+from .inference.compress.compress import compress as compress
 from .inference.compress.curvature import Curvature as Curvature
 from .inference.compress.curvature import measure_curvature as measure_curvature
 from .inference.compress.distill import distill_ as distill_

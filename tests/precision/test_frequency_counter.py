@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torchrec.datasets.utils import Batch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -58,6 +58,48 @@ def test_id_outside_its_table_is_named_and_nothing_is_added(bad: int) -> None:
     with pytest.raises(IndexError, match=r"feature a .* table t1"):
         counter.update(features)
     assert counter["t2"].sum() == 0
+
+
+MEANS = [
+    EmbeddingBagConfig(name="t1", num_embeddings=4, embedding_dim=4, feature_names=["a", "b"]),
+    EmbeddingBagConfig(name="t2", num_embeddings=3, embedding_dim=4, feature_names=["b"], pooling=PoolingType.MEAN),
+]
+
+
+def weighted_kjt() -> KeyedJaggedTensor:
+    """Bags a: [3, 3], []; b: [1], [0, 1]."""
+    return KeyedJaggedTensor(
+        ["a", "b"], torch.tensor([3, 3, 1, 0, 1]), torch.tensor([0.5, 2, 1, 3, 4]), torch.tensor([2, 0, 1, 2])
+    )
+
+
+def test_squared_weights_of_means_and_of_weights(tmp_path: Path) -> None:
+    counter = FrequencyCounter(MEANS)
+    assert counter.squared_weights["t2"].tolist() == [0, 0, 0] and "t1" not in counter.squared_weights
+    counter.update(kjt())
+    assert counter.squared_weights["t2"].tolist() == [0.25, 1.25, 0] and "t1" not in counter.squared_weights
+    counter.update(weighted_kjt())
+    assert counter["t1"].tolist() == [2, 4, 0, 4]
+    assert counter.squared_weights["t1"].tolist() == [1 + 9, 2 + 17, 0, 2 + 4.25]
+    assert counter.squared_weights["t2"].tolist() == [0.5, 2.5, 0]  # of a mean, whatever the weights
+    counter.update(kjt())
+    assert counter.squared_weights["t1"].tolist() == [11, 21, 0, 8.25]
+    counter.save(tmp_path / "counts.safetensors")
+    loaded = FrequencyCounter.load(tmp_path / "counts.safetensors")
+    assert list(loaded) == ["t1", "t2"] and loaded["t1"].tolist() == [3, 6, 0, 6]
+    assert loaded.squared_weights["t2"].tolist() == [0.75, 3.75, 0]
+
+
+def test_squared_weights_are_merged() -> None:
+    one, two = FrequencyCounter(MEANS), FrequencyCounter(MEANS)
+    one.update(kjt())
+    two.update(weighted_kjt())
+    assert one.merge(two).squared_weights["t1"].tolist() == [10, 19, 0, 6.25]
+    assert one.squared_weights["t2"].tolist() == [0.5, 2.5, 0]
+    tracked = FrequencyCounter.from_counts(dict(two))  # nobody knows the lengths of its bags
+    assert "t2" not in one.merge(tracked).squared_weights and one["t2"].tolist() == [3, 6, 0]
+    with pytest.raises(ValueError, match="squared weights of table t1 must be of the shape of its counts"):
+        FrequencyCounter.from_counts({"t1": torch.tensor([1, 2])}, {"t1": torch.zeros(3)})
 
 
 def test_unknown_table() -> None:

@@ -67,7 +67,8 @@ def code_tables(
         progress (bool): show a progress bar.
 
     Returns:
-        Dict[str, CodedTable]: by table, at most ``bytes`` together, and not more than 1% or 64 bytes below, unless more bits lower no error.
+        Dict[str, CodedTable]: by table, at most ``bytes`` together, and not more than 1% or 64 bytes below, unless more
+            bits lower no error.
 
     Raises:
         ValueError: naming the table, for rows, counts or curvature that cannot be; or naming the bytes needed, for a

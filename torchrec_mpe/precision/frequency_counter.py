@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
@@ -21,10 +21,14 @@ from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
 
 _FORMAT = DocumentFormat("torchrec_mpe.frequencies", 1, "a frequency file")
+_SQUARED = "squared_weights/"  # before a table's name in a file
 
 
 class FrequencyCounter(Mapping[str, Tensor]):
     """Counts the lookups of every row, per table, over KeyedJaggedTensors.
+
+    Of mean-pooled tables, and of features with weights, it also adds up the squares of the weights with which a row is
+    looked up, see :attr:`squared_weights`.
 
     Args:
         tables (Iterable[EmbeddingBagConfig]): the tables; a feature shared by two tables is counted in both.
@@ -40,22 +44,44 @@ class FrequencyCounter(Mapping[str, Tensor]):
     def __init__(self, tables: Iterable[EmbeddingBagConfig]) -> None:
         self._tables_of_feature: dict[str, list[str]] = {}
         self._counts: dict[str, Tensor] = {}
+        self._squared: dict[str, Tensor] = {}
+        self._mean_tables: set[str] = set()
         for table in tables:
             counts = torch.zeros(table.num_embeddings, dtype=torch.int64)
             if self._counts.setdefault(table.name, counts).shape != counts.shape:
                 raise ValueError(f"table {table.name} appears twice with different num_embeddings")
             for feature in table.feature_names or [table.name]:
                 self._tables_of_feature.setdefault(feature, []).append(table.name)
+            if table.pooling == PoolingType.MEAN:
+                self._mean_tables.add(table.name)
+                self._squared[table.name] = torch.zeros(table.num_embeddings, dtype=torch.float64)
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, Tensor]) -> "FrequencyCounter":
-        """A counter that holds the given counts, int64 [num_embeddings] per table name; it cannot be updated."""
+    def from_counts(
+        cls, counts: Mapping[str, Tensor], squared_weights: Mapping[str, Tensor] | None = None
+    ) -> "FrequencyCounter":
+        """A counter that holds the given counts, int64 [num_embeddings] per table name; it cannot be updated.
+
+        Args:
+            counts (Mapping[str, Tensor]): by table.
+            squared_weights (Optional[Mapping[str, Tensor]]): :attr:`squared_weights` of some of the tables.
+        """
         counter = cls([])
         for table, values in counts.items():
             if values.dim() != 1 or values.is_floating_point() or bool((values < 0).any()):
                 raise ValueError(f"counts of table {table} must be non-negative integers of shape [num_embeddings]")
             counter._counts[table] = values.to(torch.int64).cpu()
+        for table, values in (squared_weights or {}).items():
+            if table not in counter._counts or values.shape != counter._counts[table].shape:
+                raise ValueError(f"squared weights of table {table} must be of the shape of its counts")
+            counter._squared[table] = values.to(torch.float64).cpu()
         return counter
+
+    @property
+    def squared_weights(self) -> Mapping[str, Tensor]:
+        """By table, float64 [num_embeddings]: the sum of each row's squared weights in the bags that it was looked up
+        in, the reciprocal of its length for a bag whose mean is taken; only of tables where these are not all 1."""
+        return self._squared
 
     def update(self, features: KeyedJaggedTensor) -> None:
         """Add the lookups of one batch; features that no table reads are passed over.
@@ -69,8 +95,11 @@ class FrequencyCounter(Mapping[str, Tensor]):
             raise ValueError(f"no table reads any of the features {features.keys()}; counted features: {known}")
         lengths = features.length_per_key()
         parts = features.values().split(lengths)
-        new: list[tuple[str, Tensor]] = []
-        for feature, ids in zip(features.keys(), parts, strict=True):
+        weights = features.weights_or_none()
+        squares = [None] * len(parts) if weights is None else [w.double() ** 2 for w in weights.split(lengths)]
+        bags = features.lengths().split(features.stride_per_key())
+        new: list[tuple[str, Tensor, Tensor | None]] = []
+        for feature, ids, of_weights, of_bags in zip(features.keys(), parts, squares, bags, strict=True):
             for table in self._tables_of_feature.get(feature, ()):
                 rows = len(self._counts[table])
                 if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
@@ -78,12 +107,17 @@ class FrequencyCounter(Mapping[str, Tensor]):
                         f"feature {feature} holds an id outside table {table}: ids run from {int(ids.min())} to "
                         f"{int(ids.max())}, num_embeddings is {rows}"
                     )
-                new.append((table, ids))
-        for table, ids in new:
+                is_mean = table in self._mean_tables
+                of_mean = torch.repeat_interleave(of_bags.double() ** -2, of_bags.long()) if is_mean else None
+                new.append((table, ids, of_mean if is_mean else of_weights))
+        for table, ids, squared in new:
             counts = self._counts[table]
-            counts.index_add_(
-                0, ids.to(counts.device, torch.int64), torch.ones_like(ids, dtype=torch.int64, device="cpu")
-            )
+            ids = ids.to(counts.device, torch.int64)
+            if squared is not None or table in self._squared:
+                sums = self._squared.setdefault(table, counts.double())
+                squared = torch.ones(len(ids), dtype=torch.float64) if squared is None else squared
+                sums.index_add_(0, ids, squared.to(sums.device))
+            counts.index_add_(0, ids, torch.ones_like(ids))
 
     def merge(self, other: "FrequencyCounter") -> "FrequencyCounter":
         """Add another counter's counts of the same tables to this one's; returns this one.
@@ -95,9 +129,20 @@ class FrequencyCounter(Mapping[str, Tensor]):
             raise ValueError(
                 f"counters of different tables cannot be merged: {sorted(self._counts)} and {sorted(other._counts)}"
             )
+        for table in self._squared.keys() | other._squared.keys():
+            if (
+                table in self._mean_tables | other._mean_tables
+                and table not in self._squared.keys() & other._squared.keys()
+            ):
+                self._squared.pop(table, None)  # counts that came without lengths of bags
+            else:
+                self._squared[table] = self._squares(table) + other._squares(table)
         for table, counts in other._counts.items():
             self._counts[table] += counts
         return self
+
+    def _squares(self, table: str) -> Tensor:
+        return self._squared[table] if table in self._squared else self._counts[table].double()
 
     def merge_across_ranks(self, group: dist.ProcessGroup | None = None) -> "FrequencyCounter":
         """Add up the counts of all ranks, which all call this once; returns this counter, now equal on every rank.
@@ -107,7 +152,15 @@ class FrequencyCounter(Mapping[str, Tensor]):
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-            for table in sorted(self._counts):
+            # A rank may have seen no weights where others have.
+            weighted = torch.tensor([table in self._squared for table in sorted(self._counts)], dtype=torch.int32)
+            weighted = weighted.to(device)
+            dist.all_reduce(weighted, dist.ReduceOp.MAX, group=group)
+            for table, is_weighted in zip(sorted(self._counts), weighted.tolist(), strict=True):
+                if is_weighted:
+                    squares = self._squares(table).to(device)
+                    dist.all_reduce(squares, group=group)
+                    self._squared[table] = squares.cpu()
                 counts = self._counts[table].to(device)
                 dist.all_reduce(counts, group=group)
                 self._counts[table] = counts.cpu()
@@ -128,7 +181,8 @@ class FrequencyCounter(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the counts to one safetensors file, atomically."""
         with atomic_file(path) as temporary:
-            save_file(dict(self._counts), temporary, metadata=_FORMAT.text_header())
+            squared = {f"{_SQUARED}{table}": values for table, values in self._squared.items()}
+            save_file({**self._counts, **squared}, temporary, metadata=_FORMAT.text_header())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FrequencyCounter":
@@ -140,7 +194,9 @@ class FrequencyCounter(Mapping[str, Tensor]):
         try:
             with safe_open(path, framework="pt") as file:
                 _FORMAT.check(Path(path), file.metadata(), text=True)
-                return cls.from_counts({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                squared = {n.removeprefix(_SQUARED): found.pop(n) for n in list(found) if n.startswith(_SQUARED)}
+                return cls.from_counts(found, squared)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a frequency file: {error}") from error
 

@@ -53,7 +53,7 @@ def distilled(kind: type[Head], scores: list[list[float]], world_size: int = 0) 
     )
     assert all(torch.equal(value, before[name]) for name, value in teacher.named_parameters())
     return {
-        "state": {name: value.numpy().copy() for name, value in coded.state_dict().items()},
+        "state": {name: value.float().numpy() for name, value in coded.state_dict().items()},
         "losses": result.losses,
         "kept": result.kept,
     }

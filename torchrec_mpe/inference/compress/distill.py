@@ -13,8 +13,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from tqdm import tqdm
 
 from torchrec_mpe.distributed.batch_norms import average_batch_norms
-from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
-from torchrec_mpe.inference.compress.evaluated import Forward, evaluated, outputs_of, ranks_of
+from torchrec_mpe.inference.compress.evaluated import Forward, evaluated, mean_over_ranks, outputs_of, ranks_of
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 
 
@@ -107,7 +106,7 @@ def distill_(
     steps = _same_steps(batches, steps, group, device)
     before = [tensor.detach().clone() for tensor in network]
     coded.eval()
-    first_score = None if score is None else _mean(torch.tensor([score()]), group, device)[0]
+    first_score = None if score is None else mean_over_ranks(torch.tensor([score()]), group, device)[0]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses: list[Tensor] = []
@@ -133,13 +132,13 @@ def distill_(
         raise ValueError("there are no batches to distill on: an iterator that was used before is empty")
     if group is not None:
         average_batch_norms(coded, group)
-    means = _mean(torch.stack(losses).cpu(), group, device)
+    means = mean_over_ranks(torch.stack(losses).cpu(), group, device)
     if wrong := [number for number, mean in enumerate(means, 1) if not abs(mean) < float("inf")]:
         _put_back(network, before)
         raise ValueError(f"the loss is not finite in step {wrong[0]} of {len(means)}: the network is as it was before")
     if score is None or first_score is None:
         return Distillation(len(means), means, None, True)
-    last_score = _mean(torch.tensor([score()]), group, device)[0]
+    last_score = mean_over_ranks(torch.tensor([score()]), group, device)[0]
     kept = last_score >= first_score  # NaN is not
     if not kept:
         _put_back(network, before)
@@ -195,13 +194,6 @@ def _average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup 
     flat /= dist.get_world_size(group)
     for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = mean.view_as(parameter).to(parameter.dtype)
-
-
-def _mean(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
-    """Over ranks, of values [n] in host memory."""
-    sums = sum_over_ranks_(values.double(), group, device)
-    means: list[float] = (sums / (1 if group is None else dist.get_world_size(group))).tolist()
-    return means
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.upstream.embedding_bag_collection import device_of_sharded, group_of_sharded, tbes_of_sharded
 from torchrec_mpe.upstream.tbe import SplitTableBatchedEmbeddingBagsCodegen, steps_kept
 
@@ -52,6 +53,13 @@ def ranks_of(model: nn.Module) -> tuple[dist.ProcessGroup | None, torch.device]:
             wrapped = module.process_group
     first = next(chain(model.parameters(), model.buffers()), None)
     return wrapped, torch.device("cpu") if first is None else first.device
+
+
+def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
+    """Of values [n] in host memory, of which every rank has its own; alone if there is no group."""
+    sums = sum_over_ranks_(values.double(), group, device)
+    means: list[float] = (sums / (1 if group is None else dist.get_world_size(group))).tolist()
+    return means
 
 
 def outputs_of(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device) -> Tensor:
