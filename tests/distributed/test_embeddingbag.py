@@ -178,11 +178,14 @@ def test_ranks_with_different_counts_are_refused(two_ranks: Ranks) -> None:
         assert "different counts or plans" in message and "merge_across_ranks" in message
 
 
-def merged_counts() -> list[int]:
-    counter = mpe.FrequencyCounter.from_counts({"t": torch.tensor([1, 2, 3]) + torch.distributed.get_rank()})
-    counts: list[int] = counter.merge_across_ranks()["t"].tolist()
-    return counts
+def merged_counts() -> tuple[list[int], list[float]]:
+    """Counts, and squared weights that only one rank has met."""
+    rank = torch.distributed.get_rank()
+    squared = {"t": torch.tensor([0.5, 0.0, 9.0])} if rank else None
+    counter = mpe.FrequencyCounter.from_counts({"t": torch.tensor([1, 2, 3]) + rank}, squared)
+    counter.merge_across_ranks()
+    return counter["t"].tolist(), counter.squared_weights["t"].tolist()
 
 
 def test_counts_are_added_up_over_ranks(two_ranks: Ranks) -> None:
-    assert two_ranks.run(merged_counts) == [[3, 5, 7]] * 2
+    assert two_ranks.run(merged_counts) == [([3, 5, 7], [1.5, 2.0, 12.0])] * 2

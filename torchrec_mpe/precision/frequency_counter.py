@@ -129,14 +129,12 @@ class FrequencyCounter(Mapping[str, Tensor]):
             raise ValueError(
                 f"counters of different tables cannot be merged: {sorted(self._counts)} and {sorted(other._counts)}"
             )
+        both, means = self._squared.keys() & other._squared.keys(), self._mean_tables | other._mean_tables
         for table in self._squared.keys() | other._squared.keys():
-            if (
-                table in self._mean_tables | other._mean_tables
-                and table not in self._squared.keys() & other._squared.keys()
-            ):
-                self._squared.pop(table, None)  # counts that came without lengths of bags
-            else:
+            if table in both or table not in means:
                 self._squared[table] = self._squares(table) + other._squares(table)
+            else:
+                self._squared.pop(table, None)  # some counts came without the lengths of their bags
         for table, counts in other._counts.items():
             self._counts[table] += counts
         return self
