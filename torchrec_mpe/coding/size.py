@@ -1,9 +1,12 @@
 """Bytes of coded tables while their coding is chosen: those of ``packed_bytes``, from nothing but rows and widths."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from torchrec_mpe.packing.layout import CODED_ALIGNMENT, END_PADDING, RUN_BYTES, aligned, run_alignment
+from torchrec_mpe.precision.frequency_order import is_in_frequency_order
 
 LEVEL_BYTES = 2
 """A bfloat16."""
@@ -81,6 +84,26 @@ class TableRuns:
         directory = aligned(4 * self.num_embeddings) if self.remapped else 0
         zero_row = 4 * self.embedding_dim if self.zero_row else 0
         return _TABLE_BYTES + RUN_BYTES * len(self.runs) + LEVEL_BYTES * levels + basis + zero_row + directory
+
+
+def smallest_bytes(counts: Mapping[str, Tensor], dims: Mapping[str, int]) -> int:
+    """Bytes of coded tables without any bits: no budget can be smaller.
+
+    Args:
+        counts (Mapping[str, Tensor]): by table, [num_embeddings] lookups of each row.
+        dims (Mapping[str, int]): embedding dimension of each table.
+    """
+    return coded_bytes(
+        TableRuns(
+            (CodedRun(len(of_rows), 0, 0, plain=True),),
+            len(of_rows),
+            dims[table],
+            components=0,
+            remapped=not is_in_frequency_order(of_rows),
+            zero_row=True,
+        )
+        for table, of_rows in counts.items()
+    )
 
 
 def coded_bytes(tables: Iterable[TableRuns]) -> int:

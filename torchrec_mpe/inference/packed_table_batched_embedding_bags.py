@@ -202,7 +202,8 @@ class PackedTableBatchedEmbeddingBags(ConvertsItself):
         # Floating-point buffers travel as integers, so that half() and friends see nothing to convert.
         moved: dict[str, Tensor] = {}
         for name, buffer in self.named_buffers():
-            bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
+            as_integers = torch.int16 if buffer.element_size() == 2 else torch.int32
+            bits = buffer.view(as_integers) if buffer.is_floating_point() else buffer
             result = convert(bits)
             if result.dtype != bits.dtype:
                 raise TypeError(f"buffer {name} of packed tables cannot become {result.dtype}")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.cache.config import CacheConfig, parse_cache_config
+from torchrec_mpe.coding.size import smallest_bytes
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.precision.from_frequencies import cut_precision, precision_from_frequencies, uniform_precision
@@ -88,6 +89,15 @@ class Method:
             UserError: if the method's size cannot be reached with these tables.
         """
         initialization, zero_row = search.initialization, search.zero_row
+        if self.kind == "coded":
+            # Its widths come from trained rows; whether there is room for them is known before.
+            fp32 = sum(4 * table.num_embeddings * table.embedding_dim for table in tables)
+            smallest = smallest_bytes(counts, {table.name: table.embedding_dim for table in tables})
+            if fp32 / self.numbers[0] < smallest:
+                raise UserError(
+                    f"method {self.name} does not fit this data: without any bits its tables take {smallest:,} bytes "
+                    f"({fp32 / smallest:.1f}x)"
+                )
         try:
             if self.kind == "uniform":
                 return uniform_precision(tables, int(self.numbers[0]), initialization=initialization)
