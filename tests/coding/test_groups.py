@@ -21,3 +21,4 @@ def test_tables_without_lookups_or_of_one_row() -> None:
     assert count_bounds(torch.tensor([0, 0])) == (0,)
     assert count_bounds(torch.tensor([5])) == (0, 1)
     assert count_bounds(torch.tensor([5, 0, 0])) == (0, 1)
+    assert count_bounds(torch.tensor([0.25, 1e-30, 0.0])) == (0, 2)

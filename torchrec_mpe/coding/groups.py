@@ -1,9 +1,9 @@
 """The groups of a table's frequency order before any is merged or split."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 _FEWEST_ROWS = 8
@@ -25,12 +25,10 @@ def count_bounds(ordered: Tensor) -> tuple[int, ...]:
 
         count_bounds(torch.tensor([9] * 10 + [1] * 10 + [0] * 5))   # (0, 10, 20)
     """
-    rising = ordered.flip(0)
-    seen = len(ordered) - int(torch.searchsorted(rising, torch.zeros((), dtype=ordered.dtype), right=True))
+    seen = _places_of(ordered, math.ulp(0.0))
     if seen == 0:
         return (0,)
-    below = torch.searchsorted(rising, torch.tensor(list(_thresholds(float(ordered[0]))), dtype=ordered.dtype))
-    cuts = sorted({*(len(ordered) - below).tolist(), seen})
+    cuts = sorted({*(_places_of(ordered, t) for t in _thresholds(float(ordered[0]))), seen})
     bounds = [0]
     for cut in cuts:
         if cut - bounds[-1] >= _FEWEST_ROWS:
@@ -39,6 +37,11 @@ def count_bounds(ordered: Tensor) -> tuple[int, ...]:
         bounds.append(seen)
     bounds[-1] = seen
     return tuple(bounds)
+
+
+def _places_of(ordered: Tensor, threshold: float) -> int:
+    """Rows with a count of at least ``threshold``; nothing of the size of the table is made."""
+    return bisect_left(range(len(ordered)), True, key=lambda place: float(ordered[place]) < threshold)
 
 
 def _thresholds(largest: float) -> Iterator[int]:
