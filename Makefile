@@ -80,7 +80,7 @@ CPP_TEST_KERNELS := cpu_capability row_lock cache_slots $(foreach kernel, \
 	packed_embedding_bag quantize_and_pack cache_slots stored_rows, \
 	$(kernel)_scalar $(kernel)_avx2 $(kernel)_avx512)
 CPP_TEST_PROGRAMS := $(addprefix $(CPP_TESTS)/, \
-	lookup_test pack_test update_test cache_slots_test stored_rows_test lookup_fuzz)
+	lookup_test coded_lookup_test pack_test update_test cache_slots_test stored_rows_test lookup_fuzz)
 CPP_TEST_PROGRAMS_TSAN := $(addprefix $(CPP_TESTS_TSAN)/,update_test stored_rows_test)
 
 # Two at a time, the long ones first.

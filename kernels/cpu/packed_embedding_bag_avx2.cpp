@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "packed_embedding_bag.h"
@@ -24,6 +25,7 @@ inline uint64_t low_bits(uint64_t word, int count) {
 }
 
 #include "directory_lines.inc.h"
+#include "packed_embedding_bag_coding.inc.h"
 
 // How the 8 codes of a block are cut out of its 64-bit word: two vectors of shifts, whose low halves interleave to
 // elements 0 1 2 3 4 5 6 7.
@@ -113,6 +115,26 @@ class Accumulator {
   template <Rows kRows>
   void unbias(Sum&, float) {}
 
+  // Adds [components] @ basis.
+  __attribute__((always_inline)) void add_components(Sum& sum, const float* components, const PackedTable& table) {
+    for (int c = 0; c < table.components; ++c) {
+      const float* basis = table.basis + static_cast<int64_t>(c) * dim_;
+      const __m256 component = _mm256_set1_ps(components[c]);
+#pragma GCC unroll 8
+      for (int k = 0; k < (G == 0 ? blocks_ : G); ++k) {
+        const int left = dim_ - 8 * k;
+        const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        const __m256 values = _mm256_maskload_ps(basis + 8 * k, mask);
+        if (G == 0) {
+          float* vector = memory_.data() + 8 * k;
+          _mm256_storeu_ps(vector, _mm256_fmadd_ps(component, values, _mm256_loadu_ps(vector)));
+        } else {
+          sum.vectors[k] = _mm256_fmadd_ps(component, values, sum.vectors[k]);
+        }
+      }
+    }
+  }
+
   __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero,
                                              float factor, void* output, OutputType type, int64_t position) {
 #pragma GCC unroll 8
@@ -144,6 +166,85 @@ class Accumulator {
   std::vector<float> memory_;
 };
 
+constexpr int kDecodedBytes = 24;  // from a transformed row's first byte to the last that is read, at most
+
+// Adds up the components of transformed rows, in two halves of 8.
+class Decoder {
+ public:
+  struct Sum {
+    __m256 halves[2];
+  };
+
+  // Without runs there is no transformed row.
+  Decoder(const PackedTable&, const CheckedRuns* runs)
+      : none_(runs == nullptr ? 0 : runs->none()), runs_(runs == nullptr ? 0 : none_ + 1) {
+    for (int32_t k = 0; k < static_cast<int32_t>(runs_.size()); ++k) {
+      Run& run = runs_[k];
+      const CheckedRun& checked = (*runs)[k];
+      int bit = 0;
+      int level = 0;
+      for (int c = 0; c < kMaxComponents; ++c) {
+        run.second_half = c == 8 ? bit / 8 : run.second_half;
+        const int in_half = bit - 8 * (c < 8 ? 0 : run.second_half);
+        for (int byte = 0; byte < 4; ++byte) {
+          run.permute[4 * c + byte] = static_cast<uint8_t>(in_half / 8 + byte);
+        }
+        run.shift[c] = in_half % 8;
+        bit += checked.widths[c];
+        run.mask[c] = (1 << checked.widths[c]) - 1;
+        if (checked.widths[c] > 0) {
+          run.scale[c] = from_bfloat16(checked.levels[level++]);
+          run.offset[c] = from_bfloat16(checked.levels[level++]);
+        }
+      }
+    }
+  }
+
+  // What Ring::run is of rows that are not transformed.
+  int32_t none() const {
+    return none_;
+  }
+
+  __attribute__((always_inline)) void add(Sum& sum, const uint8_t* weights, const Ring& ring, int slot) const {
+    const Run& run = runs_[ring.run[slot]];
+    const uint8_t* row = weights + ring.start[slot];
+    const __m256i first_bit = _mm256_set1_epi32(ring.shift[slot]);
+    const __m256 weight = _mm256_set1_ps(ring.weight[slot]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const auto load = [&](const auto* values) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 8 * half));
+      };
+      const __m128i* from = reinterpret_cast<const __m128i*>(row + (half == 0 ? 0 : run.second_half));
+      const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(from));
+      const __m256i permute = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run.permute + 32 * half));
+      __m256i codes = _mm256_shuffle_epi8(bytes, permute);
+      codes = _mm256_and_si256(_mm256_srlv_epi32(codes, _mm256_add_epi32(load(run.shift), first_bit)), load(run.mask));
+      const __m256 values = _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), _mm256_castsi256_ps(load(run.scale)),
+                                            _mm256_castsi256_ps(load(run.offset)));
+      sum.halves[half] = _mm256_fmadd_ps(weight, values, sum.halves[half]);
+    }
+  }
+
+  __attribute__((always_inline)) static void store(const Sum& sum, float* components) {
+    _mm256_storeu_ps(components, sum.halves[0]);
+    _mm256_storeu_ps(components + 8, sum.halves[1]);
+  }
+
+ private:
+  // Byte 4 c + i of permute is byte i of the word in which component c lies, from its half's first byte on.
+  struct Run {
+    uint8_t permute[4 * kMaxComponents];
+    int32_t shift[kMaxComponents];
+    int32_t mask[kMaxComponents];
+    float scale[kMaxComponents] = {};
+    float offset[kMaxComponents] = {};
+    int32_t second_half = 0;  // the byte of component 8
+  };
+
+  int32_t none_;
+  std::vector<Run> runs_;
+};
 
 #include "packed_embedding_bag_steps.inc.h"
 #include "packed_embedding_bag_plain_steps.inc.h"

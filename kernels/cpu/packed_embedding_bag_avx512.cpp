@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "packed_embedding_bag.h"
@@ -145,6 +146,8 @@ inline uint64_t low_bits(uint64_t word, int count) {
 }
 
 #include "directory_lines.inc.h"
+#include "packed_embedding_bag_coding.inc.h"
+#include "packed_embedding_bag_avx512_decoder.inc.h"
 
 // One bag's sum. G > 0: ceil(D / 16) = G vectors in registers; G = 0: any number, in memory.
 template <int G>
@@ -212,6 +215,17 @@ class Accumulator {
     for_each(sum, [&](int, __m512 before) { return _mm512_sub_ps(before, bias); });
   }
 
+  // Adds [components] @ basis.
+  __attribute__((always_inline)) void add_components(Sum& sum, const float* components, const PackedTable& table) {
+    for (int c = 0; c < table.components; ++c) {
+      const float* basis = table.basis + static_cast<int64_t>(c) * dim_;
+      const __m512 component = _mm512_set1_ps(components[c]);
+      for_each(sum, [&](int k, __m512 before) {
+        return _mm512_fmadd_ps(component, _mm512_maskz_loadu_ps(elements_of(k), basis + 16 * k), before);
+      });
+    }
+  }
+
   __attribute__((always_inline)) void finish(const Sum& sum, const PackedTable& table, float kept, float zero,
                                              float factor, void* output, OutputType type, int64_t position) {
     if constexpr (G == 0) {
@@ -232,6 +246,12 @@ class Accumulator {
 
  private:
   static constexpr int kVectors = G > 0 ? G : 1;
+
+  // The elements of vector k that a row has.
+  __attribute__((always_inline)) __mmask16 elements_of(int k) const {
+    const int left = dim_ - 16 * k;
+    return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+  }
 
   // Every vector k of a sum becomes function(k, vector).
   template <class Function>
@@ -260,8 +280,7 @@ class Accumulator {
 
   __attribute__((always_inline)) void store_16(const PackedTable& table, int k, __m512 sum, float kept, float zero,
                                                float factor, void* output, OutputType type, int64_t position) const {
-    const int left = dim_ - 16 * k;
-    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    const __mmask16 mask = elements_of(k);
     sum = _mm512_fmadd_ps(_mm512_set1_ps(kept), _mm512_maskz_loadu_ps(mask, table.beta + 16 * k), sum);
     if (table.zero_row != nullptr) {
       sum = _mm512_fmadd_ps(_mm512_set1_ps(zero), _mm512_maskz_loadu_ps(mask, table.zero_row + 16 * k), sum);

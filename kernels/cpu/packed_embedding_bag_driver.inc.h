@@ -1,9 +1,11 @@
 // The steps of a lookup around the accumulator of one instruction set. Included inside that instruction set's namespace
 // and target region, after
 //   packed_embedding_bag_ring.inc.h and directory_lines.inc.h
-//   Accumulator<G>: one bag's sum, clear(), add<Rows>(), unbias<Rows>(), finish(), and what is known of G's rows
+//   Accumulator<G>: one bag's sum, clear(), add<Rows>(), unbias<Rows>(), add_components(), finish(), and what is known
+//     of G's rows
+//   Decoder(table, runs): adds transformed rows to a Decoder::Sum of their components
 //   resolve_ids(): ids of a block to ranks
-//   Locator(table).locate(): ranks of a block to rows; whatever the directory says, they lie in the weights
+//   Locator(table, runs).locate(): ranks of a block to rows; whatever the directory says, they lie in the weights
 //   add_weights(): the sums of kept and zero over neighbouring slots, the first being next to the last
 // No include guard: it is compiled once per instruction set.
 
@@ -105,27 +107,90 @@ __attribute__((always_inline)) inline void fetch_row(const uint8_t* weights, con
   }
 }
 
-// Adds rows [row, stop) of a feature to a bag's sum.
+// A bag's sum: of plain rows, and of the components of transformed ones.
+template <int G>
+struct BagSum {
+  typename Accumulator<G>::Sum plain;
+  Decoder::Sum components;
+};
+
+// Adds plain rows [row, stop) of a feature, of one block, to a bag's sum.
 template <int G, Rows kRows>
-__attribute__((always_inline)) inline void add_rows(Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
+__attribute__((always_inline)) inline void add_plain(
+    Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
+    const typename Accumulator<G>::template Registers<kRows>& registers, const uint8_t* weights, const Ring& ring,
+    int64_t row, int64_t stop) {
+  float scales = 0.0f;
+  for (; row < stop; ++row) {
+    const int slot = static_cast<int>(row & (kRing - 1));
+    fetch_row<Accumulator<G>::kLongRows, kRows == Rows::NarrowInLine>(
+        weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+    accumulator.template add<kRows>(sum, registers, weights, ring, slot);
+    if (kRows != Rows::Any) {
+      scales += ring.scale[slot];
+    }
+  }
+  // Every few rows: a bias that had grown with the whole bag would take the sum's last digits with it.
+  if (kRows != Rows::Any) {
+    accumulator.template unbias<kRows>(sum, scales);
+  }
+}
+
+// The same of rows of both kinds, which are told apart first: a branch on a row's kind would be guessed wrong often.
+template <int G, Rows kRows>
+__attribute__((always_inline)) inline void add_both(Accumulator<G>& accumulator, const Decoder& decoder, BagSum<G>& sum,
                                                     const typename Accumulator<G>::template Registers<kRows>& registers,
                                                     const uint8_t* weights, const Ring& ring, int64_t row,
                                                     int64_t stop) {
-  while (row < stop) {
-    float scales = 0.0f;
-    for (const int64_t part = std::min(stop, row + kBlock); row < part; ++row) {
-      const int slot = static_cast<int>(row & (kRing - 1));
-      fetch_row<Accumulator<G>::kLongRows, kRows == Rows::NarrowInLine>(
-          weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
-      accumulator.template add<kRows>(sum, registers, weights, ring, slot);
-      if (kRows != Rows::Any) {
-        scales += ring.scale[slot];
-      }
-    }
-    // Every few rows: a bias that had grown with the whole bag would take the sum's last digits with it.
+  int plain[kBlock];
+  int transformed[kBlock];
+  int num_plain = 0;
+  int num_transformed = 0;
+  for (; row < stop; ++row) {
+    const int slot = static_cast<int>(row & (kRing - 1));
+    fetch_row<Accumulator<G>::kLongRows, false>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+    plain[num_plain] = slot;
+    num_plain += ring.bits[slot] > 0;
+    transformed[num_transformed] = slot;
+    num_transformed += ring.run[slot] != decoder.none();
+  }
+  float scales = 0.0f;
+  for (int i = 0; i < num_plain; ++i) {
+    accumulator.template add<kRows>(sum.plain, registers, weights, ring, plain[i]);
     if (kRows != Rows::Any) {
-      accumulator.template unbias<kRows>(sum, scales);
+      scales += ring.scale[plain[i]];
     }
+  }
+  if (kRows != Rows::Any) {
+    accumulator.template unbias<kRows>(sum.plain, scales);
+  }
+  for (int i = 0; i < num_transformed; ++i) {
+    decoder.add(sum.components, weights, ring, transformed[i]);
+  }
+}
+
+// Adds rows [row, stop) of a feature to a bag's sum.
+template <int G, Rows kRows, Kinds kKinds>
+__attribute__((always_inline)) inline void add_rows(Accumulator<G>& accumulator, const Decoder& decoder,
+                                                    BagSum<G>& sum,
+                                                    const typename Accumulator<G>::template Registers<kRows>& registers,
+                                                    const uint8_t* weights, const Ring& ring, int64_t row,
+                                                    int64_t stop) {
+  if (kKinds == Kinds::Transformed) {
+    for (; row < stop; ++row) {
+      fetch_row<false, false>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+      decoder.add(sum.components, weights, ring, static_cast<int>(row & (kRing - 1)));
+    }
+    return;
+  }
+  while (row < stop) {
+    const int64_t part = std::min(stop, row + kBlock);
+    if (kKinds == Kinds::Plain) {
+      add_plain<G, kRows>(accumulator, sum.plain, registers, weights, ring, row, part);
+    } else {
+      add_both<G, kRows>(accumulator, decoder, sum, registers, weights, ring, row, part);
+    }
+    row = part;
   }
 }
 
@@ -144,6 +209,7 @@ inline void add_weights_of(const Ring& ring, int64_t row, int64_t stop, int64_t 
 struct Bags {
   const Lookup& lookup;
   const PackedTable& table;
+  const Decoder& decoder;
   const Ring& ring;
   int64_t begin;      // the feature's first row in indices
   int64_t rows;
@@ -155,13 +221,32 @@ struct Bags {
   int64_t position;   // and where its embedding goes
 };
 
+template <int G, Kinds kKinds>
+__attribute__((always_inline)) inline void clear(Accumulator<G>& accumulator, BagSum<G>& sum) {
+  accumulator.clear(sum.plain);
+  if (kKinds != Kinds::Plain) {
+    sum.components = Decoder::Sum{};
+  }
+}
+
+// Adds what transformed rows' components stand for to a bag's sum.
+template <int G, Kinds kKinds>
+__attribute__((always_inline)) inline void add_components(Accumulator<G>& accumulator, BagSum<G>& sum,
+                                                          const PackedTable& table) {
+  if (kKinds != Kinds::Plain) {
+    alignas(64) float components[kMaxComponents];
+    Decoder::store(sum.components, components);
+    accumulator.add_components(sum.plain, components, table);
+  }
+}
+
 inline float factor_of(const Bags& bags, int64_t count) {
   return bags.mean && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
 }
 
 // Pools bags of one segment as long as their rows end before `limit`; returns false at offsets that decrease or leave
 // the rows. A function of its own, with nothing called between bags: what the loops need stays in registers.
-template <int G, Rows kRows>
+template <int G, Rows kRows, Kinds kKinds>
 __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags, int64_t limit) {
   const typename Accumulator<G>::template Registers<kRows> registers;
   const Lookup& lookup = bags.lookup;
@@ -186,10 +271,12 @@ __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags
     float kept = 0.0f;
     float zero = 0.0f;
     add_weights_of(ring, row, end, bags.mixed_end, kept, zero);
-    typename Accumulator<G>::Sum sum;
-    accumulator.clear(sum);
-    add_rows<G, kRows>(accumulator, sum, registers, table.weights, ring, row, end);
-    accumulator.finish(sum, table, kept, zero, factor_of(bags, end - row), lookup.output, lookup.output_type, position);
+    BagSum<G> sum;
+    clear<G, kKinds>(accumulator, sum);
+    add_rows<G, kRows, kKinds>(accumulator, bags.decoder, sum, registers, table.weights, ring, row, end);
+    add_components<G, kKinds>(accumulator, sum, table);
+    accumulator.finish(sum.plain, table, kept, zero, factor_of(bags, end - row), lookup.output, lookup.output_type,
+                       position);
     row = end;
     position += lookup.output_stride;
   }
@@ -200,19 +287,32 @@ __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags
 }
 
 // Adds a segment of a bag that is longer than the ring to its sum.
-template <int G, Rows kRows>
-__attribute__((noinline)) void pool_segment(Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
-                                            const uint8_t* weights, const Ring& ring, int64_t row, int64_t stop) {
+template <int G, Rows kRows, Kinds kKinds>
+__attribute__((noinline)) void pool_segment(Accumulator<G>& accumulator, BagSum<G>& sum, const Bags& bags,
+                                            int64_t stop) {
   const typename Accumulator<G>::template Registers<kRows> registers;
-  typename Accumulator<G>::Sum local = sum;
-  add_rows<G, kRows>(accumulator, local, registers, weights, ring, row, stop);
+  BagSum<G> local = sum;
+  add_rows<G, kRows, kKinds>(accumulator, bags.decoder, local, registers, bags.table.weights, bags.ring, bags.row,
+                             stop);
   sum = local;
 }
+
+// The functions that pool a table's bags, by what is known of its rows.
+template <int G>
+struct Pooling {
+  bool (*bags)(Accumulator<G>& accumulator, Bags& bags, int64_t limit);
+  void (*segment)(Accumulator<G>& accumulator, BagSum<G>& sum, const Bags& bags, int64_t stop);
+
+  template <Rows kRows, Kinds kKinds>
+  static Pooling of() {
+    return {&pool_bags<G, kRows, kKinds>, &pool_segment<G, kRows, kKinds>};
+  }
+};
 
 // A feature's bags [first, last), numbered among all features' bags.
 template <int G, class Index>
 void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults, const Locator& locator,
-                 decltype(&pool_bags<G, Rows::Any>) pool, decltype(&pool_segment<G, Rows::Any>) pool_long) {
+                 const Decoder& decoder, Kinds kinds, const Pooling<G>& pooling) {
   const Feature& feature = lookup.features[f];
   const PackedTable& table = *feature.table;
   const int64_t begin = offset_at(lookup, first);
@@ -225,7 +325,7 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
   std::fill_n(ring.start, kRing, 0);
   std::fill_n(ring.last, kRing, 0);
   const int64_t rows = end - begin;
-  Bags bags{lookup, table, ring, begin, rows, last, 0, feature.mean, first, 0,
+  Bags bags{lookup, table, decoder, ring, begin, rows, last, 0, feature.mean, first, 0,
             (first - f * lookup.batch) * lookup.output_stride + feature.column};
   const auto fetch_block = [&](int64_t row) {
     if (row < rows) {
@@ -265,7 +365,7 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
     // Rows are fetched a block ahead of being read, so that the last block that is located is not read yet.
     locate_until(bags.row + kSegment + kBlock);
     const int64_t bag = bags.bag;
-    const bool ordered = pool(accumulator, bags, located == rows ? rows : located - kBlock);
+    const bool ordered = pooling.bags(accumulator, bags, located == rows ? rows : located - kBlock);
     if (__builtin_expect(!ordered, 0)) {
       faults.bad_offset = bags.bag;
       return;
@@ -278,46 +378,57 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
     const int64_t bag_end = offset_at(lookup, bag + 1) - begin;
     float kept = 0.0f;
     float zero = 0.0f;
-    typename Accumulator<G>::Sum sum;
-    accumulator.clear(sum);
+    BagSum<G> sum;
+    clear<G, Kinds::Both>(accumulator, sum);
     while (bags.row < bag_end) {
       const int64_t stop = std::min(bag_end, bags.row + kSegment);
       locate_until(stop + kBlock);
       add_weights_of(ring, bags.row, stop, bags.mixed_end, kept, zero);
-      pool_long(accumulator, sum, table.weights, ring, bags.row, stop);
+      pooling.segment(accumulator, sum, bags, stop);
       bags.row = stop;
     }
-    accumulator.finish(sum, table, kept, zero, factor_of(bags, bag_end - bag_begin), lookup.output, lookup.output_type,
-                       bags.position);
+    if (kinds != Kinds::Plain) {
+      add_components<G, Kinds::Both>(accumulator, sum, table);
+    }
+    accumulator.finish(sum.plain, table, kept, zero, factor_of(bags, bag_end - bag_begin), lookup.output,
+                       lookup.output_type, bags.position);
     bags.bag += 1;
     bags.position += lookup.output_stride;
   }
 }
 
-template <int G, class Index>
-void lookup_feature(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults) {
-  const Locator locator(*lookup.features[f].table);
-  auto pool = &pool_bags<G, Rows::Any>;
-  auto pool_long = &pool_segment<G, Rows::Any>;
-  if constexpr (Accumulator<G>::kHasVariants) {
-    switch (locator.rows()) {
+template <int G, Kinds kKinds>
+Pooling<G> pooling_of(Rows rows) {
+  if constexpr (Accumulator<G>::kHasVariants && kKinds != Kinds::Transformed) {
+    switch (rows) {
       case Rows::Any:
         break;
       case Rows::Narrow:
-        pool = &pool_bags<G, Rows::Narrow>;
-        pool_long = &pool_segment<G, Rows::Narrow>;
-        break;
+        return Pooling<G>::template of<Rows::Narrow, kKinds>();
       case Rows::NarrowInLine:
-        pool = &pool_bags<G, Rows::NarrowInLine>;
-        pool_long = &pool_segment<G, Rows::NarrowInLine>;
-        break;
+        return Pooling<G>::template of<kKinds == Kinds::Both ? Rows::Narrow : Rows::NarrowInLine, kKinds>();
       case Rows::Bytes:
-        pool = &pool_bags<G, Rows::Bytes>;
-        pool_long = &pool_segment<G, Rows::Bytes>;
-        break;
+        return Pooling<G>::template of<kKinds == Kinds::Both ? Rows::Any : Rows::Bytes, kKinds>();
     }
   }
-  lookup_rows<G, Index>(lookup, f, first, last, faults, locator, pool, pool_long);
+  return Pooling<G>::template of<Rows::Any, kKinds>();
+}
+
+template <int G, class Index>
+void lookup_feature(const Lookup& lookup, int64_t f, int64_t first, int64_t last, Faults& faults) {
+  const PackedTable& table = *lookup.features[f].table;
+  std::optional<CheckedRuns> coded;
+  if (table.alpha == nullptr) {
+    coded.emplace(table);
+  }
+  const CheckedRuns* runs = coded ? &*coded : nullptr;
+  const Kinds kinds = coded ? coded->kinds() : Kinds::Plain;
+  const Locator locator(table, runs);
+  const Decoder decoder(table, kinds == Kinds::Plain ? nullptr : runs);
+  const Pooling<G> pooling = kinds == Kinds::Plain         ? pooling_of<G, Kinds::Plain>(locator.rows())
+                             : kinds == Kinds::Transformed ? pooling_of<G, Kinds::Transformed>(locator.rows())
+                                                           : pooling_of<G, Kinds::Both>(locator.rows());
+  lookup_rows<G, Index>(lookup, f, first, last, faults, locator, decoder, kinds, pooling);
 }
 
 template <int G>

@@ -45,7 +45,9 @@ class PackedTables {
                const Tensor& run_records, const Tensor& run_starts, const Tensor& run_offsets,
                const Tensor& directory_kinds, const Tensor& directory, const Tensor& directory_offsets,
                const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets, const Tensor& scale_index,
-               const Tensor& zero_rows, const Tensor& zero_row_offsets) {
+               const Tensor& zero_rows, const Tensor& zero_row_offsets, const Tensor& levels,
+               const Tensor& levels_offsets, const Tensor& bases, const Tensor& bases_offsets,
+               const Tensor& components) {
     check_tensor(weights, "weights", at::kByte);
     check_tensor(weights_offsets, "weights_offsets", at::kLong);
     check_tensor(rows_per_table, "rows_per_table", at::kInt);
@@ -61,6 +63,11 @@ class PackedTables {
     check_tensor(scale_index, "scale_index", at::kInt);
     check_tensor(zero_rows, "zero_rows", at::kFloat);
     check_tensor(zero_row_offsets, "zero_row_offsets", at::kInt);
+    check_tensor(levels, "levels", at::kBFloat16);
+    check_tensor(levels_offsets, "levels_offsets", at::kInt);
+    check_tensor(bases, "bases", at::kHalf);
+    check_tensor(bases_offsets, "bases_offsets", at::kInt);
+    check_tensor(components, "components", at::kInt);
     const int64_t tables = rows_per_table.numel();
     const int64_t scales = beta_offsets.numel();
     check_length(weights_offsets, "weights_offsets", tables);
@@ -70,16 +77,29 @@ class PackedTables {
     check_length(directory_offsets, "directory_offsets", tables);
     check_length(scale_index, "scale_index", tables);
     check_length(zero_row_offsets, "zero_row_offsets", tables);
+    check_length(levels_offsets, "levels_offsets", tables);
+    check_length(bases_offsets, "bases_offsets", tables);
+    check_length(components, "components", tables);
     check_length(alpha, "alpha", scales * (kMaxBits + 1));
+    bases_ = bases.to(at::kFloat);
     tables_.resize(tables);
     for (int64_t t = 0; t < tables; ++t) {
       PackedTable& table = tables_[t];
+      const int64_t basis = bases_offsets.const_data_ptr<int32_t>()[t];
+      const int64_t level = levels_offsets.const_data_ptr<int32_t>()[t];
+      TORCH_CHECK_VALUE(-1 <= level && level <= levels.numel() && -1 <= basis && (level < 0) == (basis < 0), "table ",
+                        t, ": levels offset ", level, " of ", levels.numel(), " levels and bases offset ", basis,
+                        " must both be -1 or in their buffers");
+      const bool coded = basis >= 0;
+      // The lines that rows lie in are counted from the weights' first byte, where tables start.
       const int64_t start = weights_offsets.const_data_ptr<int64_t>()[t];
-      TORCH_CHECK_VALUE(start >= 0 && start % kLineBytes == 0 && start <= weights.numel() - kEndPadding, "table ", t,
-                        ": weights offset ", start, " must be a multiple of ", kLineBytes, " within the ",
+      const int64_t alignment = coded ? 8 : kLineBytes;
+      TORCH_CHECK_VALUE(start >= 0 && start % alignment == 0 && start <= weights.numel() - kEndPadding, "table ", t,
+                        ": weights offset ", start, " must be a multiple of ", alignment, " within the ",
                         weights.numel(), " bytes of weights");
-      table.weights = weights.const_data_ptr<uint8_t>() + start;
-      table.weights_bytes = weights.numel() - start;
+      table.first_byte = start % kLineBytes;
+      table.weights = weights.const_data_ptr<uint8_t>() + (start - table.first_byte);
+      table.weights_bytes = weights.numel() - (start - table.first_byte);
       table.num_rows = rows_per_table.const_data_ptr<int32_t>()[t];
       TORCH_CHECK_VALUE(table.num_rows > 0, "table ", t, ": it has ", table.num_rows, " rows");
       const int32_t* runs = run_offsets.const_data_ptr<int32_t>() + t;
@@ -89,10 +109,21 @@ class PackedTables {
       table.run_starts = run_starts.const_data_ptr<int32_t>() + runs[0];
       table.num_runs = runs[1] - runs[0];
       set_directory(t, directory_kinds, directory, directory_offsets);
-      const int32_t scale = scale_index.const_data_ptr<int32_t>()[t];
-      TORCH_CHECK_VALUE(0 <= scale && scale < scales, "table ", t, ": scale_index ", scale, " is not below ", scales);
-      table.alpha = alpha.const_data_ptr<float>() + scale * (kMaxBits + 1);
-      beta_start_.push_back(beta_offsets.const_data_ptr<int32_t>()[scale]);
+      table.components = components.const_data_ptr<int32_t>()[t];
+      TORCH_CHECK_VALUE(0 <= table.components && table.components <= (coded ? kMaxComponents : 0), "table ", t,
+                        ": it cannot have ", table.components, " components");
+      if (coded) {
+        TORCH_CHECK_VALUE(table.nibble_lines == 0 && table.kind != Directory::BitmapNibble, "table ", t,
+                          ": a directory of widths cannot say how rows are coded");
+        table.levels = reinterpret_cast<const uint16_t*>(levels.const_data_ptr<at::BFloat16>()) + level;
+        table.num_levels = levels.numel() - level;
+        beta_start_.push_back(basis);
+      } else {
+        const int32_t scale = scale_index.const_data_ptr<int32_t>()[t];
+        TORCH_CHECK_VALUE(0 <= scale && scale < scales, "table ", t, ": scale_index ", scale, " is not below ", scales);
+        table.alpha = alpha.const_data_ptr<float>() + scale * (kMaxBits + 1);
+        beta_start_.push_back(beta_offsets.const_data_ptr<int32_t>()[scale]);
+      }
       zero_start_.push_back(zero_row_offsets.const_data_ptr<int32_t>()[t]);
     }
     beta_tensor_ = beta;
@@ -111,9 +142,17 @@ class PackedTables {
     table.embedding_dim = static_cast<int32_t>(dim);
     table.blocks = static_cast<int32_t>((dim + 7) / 8);
     const int64_t beta = beta_start_[t];
-    TORCH_CHECK_VALUE(0 <= beta && beta <= beta_tensor_.numel() - dim, "table ", t, ": beta offset ", beta,
-                      " leaves its buffer of ", beta_tensor_.numel());
-    table.beta = beta_tensor_.const_data_ptr<float>() + beta;
+    if (table.alpha == nullptr) {
+      const int64_t basis = int64_t{table.components} * dim;
+      TORCH_CHECK_VALUE(beta <= bases_.numel() - basis - dim, "table ", t, ": the basis of its ", table.components,
+                        " components from ", beta, " on leaves the ", bases_.numel(), " elements of bases");
+      table.basis = bases_.const_data_ptr<float>() + beta;
+      table.beta = table.basis + basis;
+    } else {
+      TORCH_CHECK_VALUE(0 <= beta && beta <= beta_tensor_.numel() - dim, "table ", t, ": beta offset ", beta,
+                        " leaves its buffer of ", beta_tensor_.numel());
+      table.beta = beta_tensor_.const_data_ptr<float>() + beta;
+    }
     const int64_t zero = zero_start_[t];
     TORCH_CHECK_VALUE(-1 <= zero && zero <= zero_rows_.numel() - (zero < 0 ? 0 : dim), "table ", t,
                       ": zero row offset ", zero, " leaves its buffer of ", zero_rows_.numel());
@@ -169,9 +208,10 @@ class PackedTables {
   }
 
   std::vector<PackedTable> tables_;
-  std::vector<int64_t> beta_start_;
+  std::vector<int64_t> beta_start_;  // a coded table's: where its basis starts
   std::vector<int64_t> zero_start_;
   Tensor beta_tensor_;
+  Tensor bases_;  // in float32
   Tensor zero_rows_;
 };
 
@@ -241,13 +281,14 @@ void packed_embedding_bag_out(
     const Tensor& weights, const Tensor& weights_offsets, const Tensor& rows_per_table, const Tensor& run_records,
     const Tensor& run_starts, const Tensor& run_offsets, const Tensor& directory_kinds, const Tensor& directory,
     const Tensor& directory_offsets, const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets,
-    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, at::IntArrayRef D_offsets,
-    at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices, const Tensor& offsets,
-    const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype, int64_t bounds_check_mode,
-    const std::optional<Tensor>& bounds_check_warning, Tensor& out) {
+    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, const Tensor& levels,
+    const Tensor& levels_offsets, const Tensor& bases, const Tensor& bases_offsets, const Tensor& components,
+    at::IntArrayRef D_offsets, at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices,
+    const Tensor& offsets, const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype,
+    int64_t bounds_check_mode, const std::optional<Tensor>& bounds_check_warning, Tensor& out) {
   PackedTables tables(weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets, directory_kinds,
                       directory, directory_offsets, alpha, beta, beta_offsets, scale_index, zero_rows,
-                      zero_row_offsets);
+                      zero_row_offsets, levels, levels_offsets, bases, bases_offsets, components);
   const int64_t num_features = static_cast<int64_t>(feature_table_map.size());
   TORCH_CHECK_VALUE(static_cast<int64_t>(D_offsets.size()) == num_features + 1 &&
                         static_cast<int64_t>(pooling_mode.size()) == num_features,
@@ -342,10 +383,11 @@ Tensor packed_embedding_bag_counting(
     const Tensor& weights, const Tensor& weights_offsets, const Tensor& rows_per_table, const Tensor& run_records,
     const Tensor& run_starts, const Tensor& run_offsets, const Tensor& directory_kinds, const Tensor& directory,
     const Tensor& directory_offsets, const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets,
-    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, at::IntArrayRef D_offsets,
-    at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices, const Tensor& offsets,
-    const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype, int64_t bounds_check_mode,
-    const std::optional<Tensor>& bounds_check_warning) {
+    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, const Tensor& levels,
+    const Tensor& levels_offsets, const Tensor& bases, const Tensor& bases_offsets, const Tensor& components,
+    at::IntArrayRef D_offsets, at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices,
+    const Tensor& offsets, const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype,
+    int64_t bounds_check_mode, const std::optional<Tensor>& bounds_check_warning) {
   output_type_of(output_dtype);
   TORCH_CHECK_VALUE(!D_offsets.empty() && D_offsets.back() >= 0, "D_offsets must end with the output's columns");
   const int64_t features = static_cast<int64_t>(feature_table_map.size());
@@ -353,7 +395,8 @@ Tensor packed_embedding_bag_counting(
   Tensor out = at::empty({batch, D_offsets.back()}, weights.options().dtype(output_dtype));
   packed_embedding_bag_out(weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets,
                            directory_kinds, directory, directory_offsets, alpha, beta, beta_offsets, scale_index,
-                           zero_rows, zero_row_offsets, D_offsets, feature_table_map, pooling_mode, indices, offsets,
+                           zero_rows, zero_row_offsets, levels, levels_offsets, bases, bases_offsets, components,
+                           D_offsets, feature_table_map, pooling_mode, indices, offsets,
                            per_sample_weights, output_dtype, bounds_check_mode, bounds_check_warning, out);
   return out;
 }
@@ -363,12 +406,15 @@ Tensor packed_embedding_bag(
     const Tensor& weights, const Tensor& weights_offsets, const Tensor& rows_per_table, const Tensor& run_records,
     const Tensor& run_starts, const Tensor& run_offsets, const Tensor& directory_kinds, const Tensor& directory,
     const Tensor& directory_offsets, const Tensor& alpha, const Tensor& beta, const Tensor& beta_offsets,
-    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, at::IntArrayRef D_offsets,
-    at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices, const Tensor& offsets,
-    const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype, int64_t bounds_check_mode) {
+    const Tensor& scale_index, const Tensor& zero_rows, const Tensor& zero_row_offsets, const Tensor& levels,
+    const Tensor& levels_offsets, const Tensor& bases, const Tensor& bases_offsets, const Tensor& components,
+    at::IntArrayRef D_offsets, at::IntArrayRef feature_table_map, at::IntArrayRef pooling_mode, const Tensor& indices,
+    const Tensor& offsets, const std::optional<Tensor>& per_sample_weights, at::ScalarType output_dtype,
+    int64_t bounds_check_mode) {
   return packed_embedding_bag_counting(weights, weights_offsets, rows_per_table, run_records, run_starts, run_offsets,
                                        directory_kinds, directory, directory_offsets, alpha, beta, beta_offsets,
-                                       scale_index, zero_rows, zero_row_offsets, D_offsets, feature_table_map,
+                                       scale_index, zero_rows, zero_row_offsets, levels, levels_offsets, bases,
+                                       bases_offsets, components, D_offsets, feature_table_map,
                                        pooling_mode, indices, offsets, per_sample_weights, output_dtype,
                                        bounds_check_mode, std::nullopt);
 }
@@ -378,6 +424,7 @@ constexpr const char* kArguments =
     "Tensor weights, Tensor weights_offsets, Tensor rows_per_table, Tensor run_records, Tensor run_starts, "
     "Tensor run_offsets, Tensor directory_kinds, Tensor directory, Tensor directory_offsets, Tensor alpha, "
     "Tensor beta, Tensor beta_offsets, Tensor scale_index, Tensor zero_rows, Tensor zero_row_offsets, "
+    "Tensor levels, Tensor levels_offsets, Tensor bases, Tensor bases_offsets, Tensor components, "
     "int[] D_offsets, int[] feature_table_map, int[] pooling_mode, Tensor indices, Tensor offsets, "
     "Tensor? per_sample_weights, ScalarType output_dtype, int bounds_check_mode=0";
 constexpr const char* kCounter = ", Tensor(a!)? bounds_check_warning=None";

@@ -13,9 +13,13 @@ struct Ring {
   alignas(64) int32_t rank[kRing];
   alignas(64) int32_t bits[kRing];
   alignas(64) int32_t position[kRing];  // of the row in what is read, as the accumulator wants it
-  alignas(64) float scale[kRing];       // weight * alpha
+  alignas(64) float scale[kRing];       // weight * step size of a plain row of more than 0 bits, or 0
   alignas(64) float kept[kRing];        // weight of a row of more than 0 bits, or 0
   alignas(64) float zero[kRing];        // weight of a 0-bit row, or 0
+  // Of rows of tables that have transformed ones:
+  alignas(64) int32_t run[kRing];       // of a transformed row, as the decoder wants it; see CheckedRuns::none()
+  alignas(64) int32_t shift[kRing];     // of a transformed row in its first byte, as the decoder wants it
+  alignas(64) float weight[kRing];      // of a transformed row, or 0
 };
 
 // What locating a block of rows met.
@@ -24,7 +28,10 @@ struct Located {
   bool mixed;    // a row whose kept is not 1 or whose zero is not 0
 };
 
-// What is known of all rows of a table, for an accumulator that makes use of it.
+// The kinds of rows of more than 0 bits that a table has.
+enum class Kinds { Plain, Transformed, Both };
+
+// What is known of all plain rows of a table, for an accumulator that makes use of it.
 enum class Rows {
   Any,
   Narrow,        // 7 bits at most, or 16 elements at most

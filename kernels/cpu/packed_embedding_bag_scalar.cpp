@@ -1,6 +1,7 @@
 // Any machine. It defines what the vector paths compute.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "packed_embedding_bag.h"
@@ -17,6 +18,7 @@ inline uint64_t low_bits(uint64_t word, int count) {
 }
 
 #include "directory_lines.inc.h"
+#include "packed_embedding_bag_coding.inc.h"
 
 // One bag's sum, any dimension. G is not used.
 template <int G>
@@ -57,6 +59,15 @@ class Accumulator {
   template <Rows kRows>
   void unbias(Sum&, float) {}
 
+  // Adds [components] @ basis.
+  void add_components(Sum&, const float* components, const PackedTable& table) {
+    for (int c = 0; c < table.components; ++c) {
+      for (int d = 0; d < dim_; ++d) {
+        sum_[d] += components[c] * table.basis[static_cast<int64_t>(c) * dim_ + d];
+      }
+    }
+  }
+
   void finish(const Sum&, const PackedTable& table, float kept, float zero, float factor, void* output, OutputType type,
               int64_t position) const {
     for (int d = 0; d < dim_; ++d) {
@@ -72,6 +83,66 @@ class Accumulator {
   std::vector<float> sum_;
 };
 
+constexpr int kDecodedBytes = 20;  // from a transformed row's first byte to the last that is read, at most
+
+// Adds up the components of transformed rows.
+class Decoder {
+ public:
+  struct Sum {
+    float components[kMaxComponents];
+  };
+
+  // Without runs there is no transformed row.
+  Decoder(const PackedTable&, const CheckedRuns* runs) : none_(runs == nullptr ? 0 : runs->none()) {
+    for (int32_t k = 0; runs != nullptr && k <= none_; ++k) {
+      Run run;
+      const CheckedRun& checked = (*runs)[k];
+      int bit = 0;
+      int level = 0;
+      for (int c = 0; c < kMaxComponents; ++c) {
+        run.bit[c] = bit;
+        bit += checked.widths[c];
+        run.mask[c] = (1u << checked.widths[c]) - 1;
+        if (checked.widths[c] > 0) {
+          run.scale[c] = from_bfloat16(checked.levels[level++]);
+          run.offset[c] = from_bfloat16(checked.levels[level++]);
+        }
+      }
+      runs_.push_back(run);
+    }
+  }
+
+  // What Ring::run is of rows that are not transformed.
+  int32_t none() const {
+    return none_;
+  }
+
+  void add(Sum& sum, const uint8_t* weights, const Ring& ring, int slot) const {
+    const Run& run = runs_[ring.run[slot]];
+    for (int c = 0; c < kMaxComponents; ++c) {
+      const int bit = ring.shift[slot] + run.bit[c];
+      uint32_t word;
+      std::memcpy(&word, weights + ring.start[slot] + bit / 8, 4);
+      const float code = static_cast<float>(word >> (bit % 8) & run.mask[c]);
+      sum.components[c] += ring.weight[slot] * (run.scale[c] * code + run.offset[c]);
+    }
+  }
+
+  static void store(const Sum& sum, float* components) {
+    std::copy_n(sum.components, kMaxComponents, components);
+  }
+
+ private:
+  struct Run {
+    int bit[kMaxComponents];
+    uint32_t mask[kMaxComponents];
+    float scale[kMaxComponents] = {};
+    float offset[kMaxComponents] = {};
+  };
+
+  int32_t none_;
+  std::vector<Run> runs_;
+};
 
 #include "packed_embedding_bag_steps.inc.h"
 #include "packed_embedding_bag_plain_steps.inc.h"

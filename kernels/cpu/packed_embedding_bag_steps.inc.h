@@ -26,10 +26,11 @@ inline void find_in_runs(const PackedTable& table, const int32_t* ranks, int cou
   for (int i = 0; i < count; ++i) {
     // A table without runs has no row of more than 0 bits.
     const RunRecord record = ranks[i] >= 0 && table.num_runs > 0 ? table.runs[run[i]] : RunRecord{0, 0, 0};
-    places.bits[i] = static_cast<int32_t>(std::min<uint32_t>(record.bits, 15));
     // Unsigned, so that damaged records wrap around.
-    places.offset[i] = static_cast<int64_t>(static_cast<uint64_t>(record.offset) +
-                                            static_cast<uint64_t>(std::max(ranks[i], 0)) * record.row_bytes);
+    const uint64_t bit = static_cast<uint64_t>(record.bit) +
+                         static_cast<uint64_t>(std::max(ranks[i], 0)) * record.row_bits;
+    places.bits[i] = static_cast<int32_t>(bit % 8 == 0 ? std::min<uint32_t>(record.coding, 15) : 15);
+    places.offset[i] = static_cast<int64_t>(bit) >> 3;
   }
 }
 

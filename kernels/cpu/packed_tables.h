@@ -13,17 +13,22 @@ constexpr int64_t kEndPadding = 64;    // bytes of the weights after the last ro
 
 enum class Directory : int32_t { Ranked = 0, Remap = 1, Nibble = 2, Bitmap = 3, BitmapNibble = 4 };
 
-// Neighbouring ranks of one bit-width: the row of rank r starts at byte offset + r * row_bytes of its table.
+constexpr uint32_t kTransformed = 0x80000000;  // of RunRecord::coding
+constexpr int kMaxComponents = 16;             // of a transformed row
+constexpr int kComponentBlocks = 5;            // of components of one width: {0}, {1}, {2, 3}, {4..7}, {8..15}
+
+// Neighbouring ranks of one coding: the row of rank r starts at bit `bit` + r * row_bits of its table.
 struct RunRecord {
-  int64_t offset;
-  uint32_t row_bytes;
-  uint32_t bits;
+  int64_t bit;
+  uint32_t row_bits;
+  uint32_t coding;  // plain: the bit-width; or kTransformed and the width of each block of components, 4 bits each
 };
 static_assert(sizeof(RunRecord) == 16, "the stored record");
 
 struct PackedTable {
-  const uint8_t* weights;      // the table's first byte
+  const uint8_t* weights;      // the table's first byte, or up to a line before
   int64_t weights_bytes;       // readable bytes from there, kEndPadding included
+  int64_t first_byte;          // of the table from `weights` on
   int64_t num_rows;
   int32_t embedding_dim;
   int32_t blocks;              // ceil(embedding_dim / 8); a row of b bits has blocks * b bytes
@@ -34,9 +39,13 @@ struct PackedTable {
   const RunRecord* runs;       // of Ranked, Remap and Bitmap
   const int32_t* run_starts;
   int32_t num_runs;
-  const float* alpha;          // [kMaxBits + 1]
-  const float* beta;           // [embedding_dim]
+  const float* alpha;          // [kMaxBits + 1]; null: a coded table, whose plain runs have a step size each
+  const float* beta;           // [embedding_dim]; a coded table's mean
   const float* zero_row;       // [embedding_dim], or null: zeros
+  const uint16_t* levels;      // bfloat16, of a coded table's runs one after another
+  int64_t num_levels;          // readable from there
+  const float* basis;          // [components, embedding_dim], of a coded table
+  int32_t components;          // of its transformed rows
 };
 
 }  // namespace torchrec_mpe

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "coded_table.h"
 #include "fenced_lookup.h"
 #include "instruction_sets.h"
 #include "stored_table.h"
@@ -98,19 +99,19 @@ void damage(Input& input, StoredTable& table) {
     case 4:
       if (!table.runs.empty()) {
         RunRecord& run = table.runs[input.below(static_cast<int64_t>(table.runs.size()))];
-        run.offset = input.flip() ? input.extreme(weights) : run.offset % (1 << 30) + input.word<int8_t>();
+        run.bit = input.flip() ? input.extreme(8 * weights) : run.bit % (1 << 30) + input.word<int8_t>();
       }
       break;
     case 5:
       if (!table.runs.empty()) {
         RunRecord& run = table.runs[input.below(static_cast<int64_t>(table.runs.size()))];
-        run.bits = static_cast<uint32_t>(input.extreme(kMaxBits));
-        run.row_bytes = input.flip() ? run.bits * static_cast<uint32_t>((table.dim + 7) / 8) : run.row_bytes;
+        run.coding = static_cast<uint32_t>(input.extreme(kMaxBits));
+        run.row_bits = input.flip() ? 8 * run.coding * static_cast<uint32_t>((table.dim + 7) / 8) : run.row_bits;
       }
       break;
     case 6:
       if (!table.runs.empty()) {
-        table.runs[input.below(static_cast<int64_t>(table.runs.size()))].row_bytes =
+        table.runs[input.below(static_cast<int64_t>(table.runs.size()))].row_bits =
             static_cast<uint32_t>(input.extreme(weights));
       }
       break;
@@ -160,8 +161,8 @@ StoredTable arbitrary_table(Input& input, int32_t dim, Directory kind) {
   const int64_t weights = static_cast<int64_t>(table.weights.size());
   for (int64_t k = 0; k < num_runs; ++k) {
     const uint32_t bits = static_cast<uint32_t>(input.flip() ? input.below(kMaxBits + 2) : input.extreme(kMaxBits));
-    const uint32_t row_bytes = bits * static_cast<uint32_t>((dim + 7) / 8);
-    table.runs.push_back({input.extreme(weights), input.flip() ? row_bytes : input.word<uint32_t>(), bits});
+    const uint32_t row_bits = 8 * bits * static_cast<uint32_t>((dim + 7) / 8);
+    table.runs.push_back({input.extreme(8 * weights), input.flip() ? row_bits : input.word<uint32_t>(), bits});
     table.run_starts.push_back(static_cast<int32_t>(input.extreme(table.num_rows)));
   }
   for (int bits = 0; bits <= kMaxBits; ++bits) {
@@ -173,13 +174,36 @@ StoredTable arbitrary_table(Input& input, int32_t dim, Directory kind) {
   return table;
 }
 
+StoredTable coded_table(Input& input, int32_t dim, Random& random) {
+  const int32_t components = static_cast<int32_t>(input.below(kMaxComponents + 1));
+  const int64_t count = 1 + input.below(input.flip() ? 12 : 90);
+  const int plain_of_8 = static_cast<int>(input.below(9));
+  const bool remapped = input.flip();
+  const CodedRows rows(dim, components, random_runs(count, 1 + input.below(20), plain_of_8, random), remapped, random);
+  StoredTable table = store(rows, remapped ? Directory::Remap : Directory::Ranked, random);
+  for (int64_t k = input.word<uint8_t>() % 4; k > 0; --k) {
+    damage(input, table);
+  }
+  if (input.word<uint8_t>() % 16 == 0) {
+    table.levels.resize(input.below(static_cast<int64_t>(table.levels.size()) + 1));
+  }
+  if (input.word<uint8_t>() % 8 == 0) {
+    table.runs[input.below(count)].coding ^= input.word<uint32_t>() & input.word<uint32_t>();
+  }
+  return table;
+}
+
 StoredTable read_table(Input& input) {
   const int32_t dim = kDims[input.below(16)];
   const Directory kind = static_cast<Directory>(input.below(5));
-  if (input.word<uint8_t>() % 4 == 0) {
+  const int choice = input.word<uint8_t>() % 16;
+  if (choice % 4 == 0) {
     return arbitrary_table(input, dim, kind);
   }
   Random random(input.word<uint32_t>());
+  if (choice < 8) {
+    return coded_table(input, dim, random);
+  }
   const Rows rows(dim, row_widths(input, 1 + input.below(dim > 100 ? 200 : 1000)), random);
   StoredTable table = store(rows, kind, random);
   for (int64_t k = input.word<uint8_t>() % 4; k > 0; --k) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -40,19 +41,41 @@ struct Rows {
   }
 };
 
+// What an element of a row is, and the sum without signs of what a kernel may add up for it: codes with a bias, so that
+// a code counts with its range.
+struct Element {
+  double value = 0.0;
+  double magnitude = 0.0;
+};
+
 // The bytes of a table.
 struct StoredTable {
   int32_t dim = 0;
   Directory kind = Directory::Ranked;
   int64_t num_rows = 0;
   std::vector<uint8_t> weights;    // kEndPadding included
+  int64_t first_byte = 0;          // of the table
   std::vector<uint8_t> directory;  // a bitmap's lines before the nibbles'
   std::vector<RunRecord> runs;
   std::vector<int32_t> run_starts;
-  std::vector<float> alpha;
+  std::vector<float> alpha;        // empty: a coded table
   std::vector<float> beta;
   std::vector<float> zero_row;     // empty: zeros
+  std::vector<uint16_t> levels;
+  std::vector<float> basis;
+  int32_t components = 0;
 };
+
+inline Element element_of(const Rows& rows, const StoredTable& table, int64_t row, int32_t d) {
+  const int bits = rows.bits[row];
+  if (bits == 0) {
+    const double value = table.zero_row.empty() ? 0.0 : table.zero_row[d];
+    return {value, std::fabs(value)};
+  }
+  const int code = rows.codes[row * rows.blocks() * 8 + d];
+  return {static_cast<double>(code - (1 << (bits - 1))) * table.alpha[bits] + table.beta[d],
+          (1 << bits) * std::fabs(static_cast<double>(table.alpha[bits])) + std::fabs(table.beta[d])};
+}
 
 inline void append_row(std::vector<uint8_t>& weights, const Rows& rows, int64_t row) {
   const int bits = rows.bits[row];
@@ -81,8 +104,8 @@ inline void store_runs(StoredTable& table, const Rows& rows, const std::vector<i
       RunRecord record{0, 0, 0};
       if (bits > 0) {
         table.weights.resize(lines(table.weights.size(), kLineBytes) * kLineBytes);
-        record = {static_cast<int64_t>(table.weights.size()) - static_cast<int64_t>(rank) * row_bytes,
-                  static_cast<uint32_t>(row_bytes), static_cast<uint32_t>(bits)};
+        record = {8 * (static_cast<int64_t>(table.weights.size()) - static_cast<int64_t>(rank) * row_bytes),
+                  static_cast<uint32_t>(8 * row_bytes), static_cast<uint32_t>(bits)};
       }
       table.runs.push_back(record);
       table.run_starts.push_back(static_cast<int32_t>(rank));
@@ -175,12 +198,13 @@ class FencedTable {
  public:
   explicit FencedTable(const StoredTable& table)
       : weights_(table.weights), directory_(table.directory), runs_(table.runs), run_starts_(table.run_starts),
-        alpha_(table.alpha), beta_(table.beta), zero_row_(table.zero_row) {
+        alpha_(table.alpha), beta_(table.beta), zero_row_(table.zero_row), levels_(table.levels), basis_(table.basis) {
     const int64_t bitmap =
         table.kind == Directory::BitmapNibble ? lines(table.num_rows, kBitmapRows) * kLineBytes : 0;
     const bool has_nibbles = table.kind == Directory::Nibble || table.kind == Directory::BitmapNibble;
     view_.weights = weights_.data();
     view_.weights_bytes = static_cast<int64_t>(weights_.size());
+    view_.first_byte = table.first_byte;
     view_.num_rows = table.num_rows;
     view_.embedding_dim = table.dim;
     view_.blocks = (table.dim + 7) / 8;
@@ -191,9 +215,13 @@ class FencedTable {
     view_.runs = runs_.data();
     view_.run_starts = run_starts_.data();
     view_.num_runs = static_cast<int32_t>(runs_.size());
-    view_.alpha = alpha_.data();
+    view_.alpha = alpha_.size() == 0 ? nullptr : alpha_.data();
     view_.beta = beta_.data();
     view_.zero_row = zero_row_.size() == 0 ? nullptr : zero_row_.data();
+    view_.levels = levels_.data();
+    view_.num_levels = static_cast<int64_t>(levels_.size());
+    view_.basis = basis_.data();
+    view_.components = table.components;
   }
 
   const PackedTable& view() const {
@@ -208,6 +236,8 @@ class FencedTable {
   FencedBuffer<float> alpha_;
   FencedBuffer<float> beta_;
   FencedBuffer<float> zero_row_;
+  FencedBuffer<uint16_t> levels_;
+  FencedBuffer<float> basis_;
   PackedTable view_{};
 };
 
