@@ -219,9 +219,8 @@ class PackedTableBatchedEmbeddingBags(ConvertsItself):
         report = self.size_report()
         lines = []
         for table in report.tables:
-            widths = {bits: rows for bits, rows in enumerate(table.rows_per_width) if rows}
             lines.append(
-                f"{table.name}({table.num_embeddings}, {table.embedding_dim}, rows per bit-width {widths}, "
+                f"{table.name}({table.num_embeddings}, {table.embedding_dim}, rows: {table.describe_rows()}, "
                 f"{table.directory_kind}, {table.total} bytes, {table.compression_ratio:.1f}x)"
             )
         return "\n".join([*lines, f"all: {report.total} bytes, {report.compression_ratio:.1f}x"])

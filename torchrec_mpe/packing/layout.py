@@ -148,6 +148,11 @@ class TableLayout:
         return sum(level_count(run.coding, self.components) for run in self.runs) if self.components is not None else 0
 
     @property
+    def transformed_bits(self) -> int:
+        """Bits of all transformed rows."""
+        return sum(run.rows * run.row_bits for run in self.runs if run.is_transformed)
+
+    @property
     def transform_bytes(self) -> int:
         """Bytes of levels, basis and mean."""
         if self.components is None:

@@ -61,7 +61,9 @@ class TableSize(ByteCounts):
         num_embeddings (int): rows.
         embedding_dim (int): elements of a row.
         directory_kind (str): how ids find rows, the name of a :class:`Directory` in lower case.
-        rows_per_width (tuple[int, ...]): rows of each bit-width, 9 numbers.
+        rows_per_width (tuple[int, ...]): plain rows of each bit-width, 9 numbers.
+        components (Optional[int]): K of a coded table; None: it is not coded.
+        transformed_bits (int): bits of all transformed rows, which are those that are not plain.
     """
 
     name: str
@@ -69,6 +71,23 @@ class TableSize(ByteCounts):
     embedding_dim: int
     directory_kind: str
     rows_per_width: tuple[int, ...]
+    components: int | None
+    transformed_bits: int
+
+    @property
+    def transformed_rows(self) -> int:
+        """Rows that are codes of components."""
+        return self.num_embeddings - sum(self.rows_per_width)
+
+    def describe_rows(self) -> str:
+        """How many rows there are of each kind, such as "K=4, 20 of 8 bits, 980 transformed of 3.2 bits"."""
+        parts = [] if self.components is None else [f"K={self.components}"]
+        parts += [f"{rows:,} of {bits} bits" for bits, rows in enumerate(self.rows_per_width) if rows]
+        if self.transformed_rows:
+            parts.append(
+                f"{self.transformed_rows:,} transformed of {self.transformed_bits / self.transformed_rows:.1f} bits"
+            )
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,8 @@ def _report(
                 embedding_dim=table.embedding_dim,
                 directory_kind=table.directory.name.lower(),
                 rows_per_width=table.rows_per_width,
+                components=table.components,
+                transformed_bits=table.transformed_bits,
             )
         )
     sums = {field.name: sum(getattr(size, field.name) for size in sizes) for field in fields(ByteCounts)}

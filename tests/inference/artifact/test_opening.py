@@ -73,7 +73,7 @@ def _set(name: str, position: Any, value: float) -> Callable[[Path], Any]:
 
 def _repeat_entry(folder: Path) -> None:
     file = folder / "manifest.json"
-    file.write_text(file.read_text().replace('"version": 4', '"version": 4, "version": 4'))
+    file.write_text(file.read_text().replace('"version": 5', '"version": 5, "version": 5'))
 
 
 def _header_length(length: int) -> Callable[[Path], Any]:
@@ -113,7 +113,7 @@ AT_OPEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "later version": (lambda f: edit_manifest(f, lambda d: d.update(version=9)), "of version 9, this release reads"),
     "old version": (
         lambda f: edit_manifest(f, lambda d: d.update(version=3)),
-        "of version 3, this release reads version 4: emit the model again",
+        "of version 4, this release reads version 5: emit the model again",
     ),
     "bit of the manifest": (lambda f: edit_manifest(f, lambda d: d["metadata"].update(a=1), sign=False), "its digest"),
     "missing entry": (lambda f: edit_manifest(f, lambda d: d.pop("collections")), "'collections' is a required"),

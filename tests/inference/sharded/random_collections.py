@@ -8,6 +8,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from tests.packing.random_codings import coded_collection
 from tests.packing.random_tables import random_tables
 from torchrec_mpe.distributed.planner.packed_placement import PackedShard
 from torchrec_mpe.ops.directory import Directory
@@ -18,14 +19,19 @@ SEEDS = (1, 3, 4)
 
 
 def collection(
-    seed: int, weighted: bool = False, dtype: torch.dtype = torch.float32, mode: int = 0
+    seed: int, weighted: bool = False, dtype: torch.dtype = torch.float32, mode: int = 0, coded: bool = False
 ) -> tuple[mpe.PackedEmbeddingBagCollection, list[Tensor]]:
     """Five tables, one of each directory kind, that share features; t1 and t4 pool by MEAN unless weighted.
+
+    With ``coded`` all but t2 are transform-coded, of seeds that are odd with ids that are not in frequency order.
 
     Returns:
         tuple[PackedEmbeddingBagCollection, list[Tensor]]: and float64 [rows, D] what each table decodes to.
     """
-    packed, dense = random_tables(seed, DIMS, list(Directory))
+    if coded:
+        packed, dense = coded_collection(seed, DIMS, [4, 8, None, 16, 2], remap=seed % 2 == 1)
+    else:
+        packed, dense = random_tables(seed, DIMS, list(Directory))
     configs = [
         EmbeddingBagConfig(
             name=f"t{k}",

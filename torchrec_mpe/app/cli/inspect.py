@@ -53,8 +53,7 @@ def _describe(path: Path) -> str:
         sizes = size_report(packed, [widths_of[table.name] for table in packed.tables])
         parts += ["", collection["name"] or "embedding bag collection", str(sizes)]
         for table in sizes.tables:
-            widths = ", ".join(f"{n:,} of {b} bits" for b, n in enumerate(table.rows_per_width) if n)
-            parts.append(f"  {table.name}: {table.directory_kind}, {widths}")
+            parts.append(f"  {table.name}: {table.directory_kind}, {table.describe_rows()}")
     if artifact.dense:
         dense = sum(tensor.nbytes for tensor in artifact.dense.values())
         parts += ["", f"dense: {len(artifact.dense)} tensors, {dense:,} bytes"]

@@ -13,7 +13,7 @@ import jsonschema
 from torchrec_mpe.files.document import DocumentFormat
 
 MANIFEST = "manifest.json"
-_FORMAT = DocumentFormat("torchrec_mpe.artifact", 4, "an artifact's manifest", "emit the model again")
+_FORMAT = DocumentFormat("torchrec_mpe.artifact", 5, "an artifact's manifest", "emit the model again")
 SCHEMA_ID = f"urn:torchrec_mpe:artifact:{_FORMAT.version}"
 # A thousand tables take 1 MiB. A larger file is no manifest, and parsing it would take many times its size.
 _MAX_BYTES = 1 << 26
