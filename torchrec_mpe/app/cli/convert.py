@@ -32,6 +32,30 @@ _ERRORS = ("weighted_relative_rms_error", "relative_rms_error", "max_abs_error")
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
     parser = commands.add_parser("convert", help="pack the tables of a trained checkpoint, without a search")
+    add_checkpoint_options(parser)
+    parser.add_argument(
+        "--frequencies",
+        type=Path,
+        metavar="FILE",
+        help="counted lookups, of FrequencyCounter.save (default: all equal)",
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--ratio", type=float, help="compression against FP32 rows, such as 8")
+    target.add_argument("--bytes", metavar="SIZE", help="of all packed tables, such as 100MB")
+    target.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="largest relative RMS error of each table, rows weighted by their lookups, such as 0.05",
+    )
+    parser.add_argument(
+        "--zero-row", choices=["learned", "zero"], default="learned", help="0-bit rows read their mean, or zeros"
+    )
+    parser.set_defaults(run=run)
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the checkpoint, its tables and the output, which `compress` shares."""
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -54,39 +78,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "(default: those of EmbeddingBagCollections)",
     )
     parser.add_argument(
-        "--frequencies",
-        type=Path,
-        metavar="FILE",
-        help="counted lookups, of FrequencyCounter.save (default: all equal)",
-    )
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--ratio", type=float, help="compression against FP32 rows, such as 8")
-    target.add_argument("--bytes", metavar="SIZE", help="of all packed tables, such as 100MB")
-    target.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="largest relative RMS error of each table, rows weighted by their lookups, such as 0.05",
-    )
-    parser.add_argument(
-        "--zero-row", choices=["learned", "zero"], default="learned", help="0-bit rows read their mean, or zeros"
-    )
-    parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="read torch.distributed.checkpoint's .metadata, a pickle that can run any code",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Convert, write the artifact, and print what became of each table."""
-    budget = _check_options(options)
+    budget = check_target(options, "ratio", "max_error")
     quiet_dependencies()
     try:
-        tables = _tables(options)
+        tables = tables_of(options)
         counts = None if options.frequencies is None else FrequencyCounter.load(options.frequencies)
         for note in _notes(options, tables, counts):
             print(note)
@@ -115,9 +120,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(options: argparse.Namespace) -> int | None:
-    """The budget in bytes, if there is one."""
-    for name in ("ratio", "max_error"):
+def check_target(options: argparse.Namespace, *targets: str) -> int | None:
+    """Check the options of the checkpoint and of what to reach; returns the budget in bytes, if there is one.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in targets:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
@@ -133,7 +142,12 @@ def _check_options(options: argparse.Namespace) -> int | None:
         raise UserError(f"--bytes: {error}") from error
 
 
-def _tables(options: argparse.Namespace) -> list[CheckpointTable]:
+def tables_of(options: argparse.Namespace) -> list[CheckpointTable]:
+    """The checkpoint's tables, as the options list or find them.
+
+    Raises:
+        UserError: if none is found.
+    """
     if options.tables is not None:
         return read_checkpoint_tables(options.tables)
     files = open_checkpoint(options.checkpoint, allow_pickle=options.allow_pickle)

@@ -21,9 +21,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     # The doctor must also run where torch is missing or broken, which the other commands need to say what they do.
     if sys.argv[1:2] != ["doctor"]:
-        from torchrec_mpe.app.cli import convert, demo, inspect, plan, prepare, run, verify
+        from torchrec_mpe.app.cli import compress, convert, demo, inspect, plan, prepare, run, verify
 
-        for command in (demo, run, prepare, plan, convert, inspect, verify):
+        for command in (demo, run, prepare, plan, compress, convert, inspect, verify):
             command.add_parser(commands)
     return parser
 
