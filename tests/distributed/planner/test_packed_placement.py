@@ -5,6 +5,7 @@ import torch
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingType
 
+from tests.packing.random_codings import random_coding
 from torchrec_mpe import PrecisionPlan
 from torchrec_mpe.distributed.planner.cluster import parse_topology
 from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed
@@ -13,6 +14,7 @@ from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 from torchrec_mpe.distributed.planner.storage_reservation import MPEStorageReservation
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.size import packed_bytes
+from torchrec_mpe.packing.table_coding import TableCoding
 
 
 def widths(rows: int, dim: int, mapped: bool, seed: int = 0) -> TableBitWidths:
@@ -110,6 +112,10 @@ def test_too_few_devices_are_said_with_how_many_would_do() -> None:
         place_packed(PLAN, 10, 2)
 
 
+def places(coding: TableCoding) -> list[int]:
+    return list(range(coding.num_embeddings)) if coding.order is None else coding.order.tolist()
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_widths_of_a_range_are_those_of_its_rows(mapped: bool) -> None:
     whole = widths(1_000, 16, mapped)
@@ -118,5 +124,12 @@ def test_widths_of_a_range_are_those_of_its_rows(mapped: bool) -> None:
         assert torch.equal(part.of_rows(), whole.of_rows()[start:stop])
         assert (part.order is None) == (not mapped)
         assert packed_bytes({"t": part}).total == packed_bytes({"t": shape_of_rows(whole, start, stop)}).total
+    coding, _ = random_coding(4, 1_000, 16, 8, remap=mapped)
+    for start, stop in ((0, 1_000), (0, 1), (37, 640), (990, 1_000)):
+        part = widths_of_rows(coding, start, stop)
+        groups = [next(g for g, high in enumerate(coding.bounds[1:]) if place < high) for place in places(coding)]
+        own = [next(g for g, high in enumerate(part.bounds[1:]) if place < high) for place in places(part)]
+        assert [part.groups[g] for g in own] == [coding.groups[g] for g in groups[start:stop]]
+        assert packed_bytes({"t": part}).total == packed_bytes({"t": shape_of_rows(coding, start, stop)}).total
     with pytest.raises(ValueError, match="rows 5 to 1001 are no part of a table of 1000 rows"):
         widths_of_rows(whole, 5, 1_001)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.packing.random_codings import coded_collection
 from tests.packing.random_tables import random_tables
 from torchrec_mpe.distributed.planner.packed_rows import widths_of_rows
 from torchrec_mpe.inference.packed_table_batched_embedding_bags import PackedTableBatchedEmbeddingBags
 from torchrec_mpe.inference.sharded.consecutive_rows import locate_consecutive
-from torchrec_mpe.inference.sharded.row_ranges import RowRange, take_rows, widths_of_range
+from torchrec_mpe.inference.sharded.row_ranges import RowRange, coding_of_range, take_rows, widths_of_range
+from torchrec_mpe.ops.backends import use_backend
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.packing.bit_widths import TableBitWidths
@@ -66,6 +68,30 @@ def test_ranges_keep_bytes_and_values(seed: int) -> None:
         assert stored(taken, k, ids) == stored(packed, rows.table, ids + rows.first_row)
         values = tbe.lookup(slice(k, k + 1), ids, torch.arange(rows.num_rows + 1))
         assert torch.equal(values.double(), dense[rows.table][rows.first_row : rows.first_row + rows.num_rows])
+
+
+@pytest.mark.parametrize("remap", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_ranges_of_coded_tables(seed: int, remap: bool) -> None:
+    """Rows that start at any bit keep their codes, and take the bytes of the coding of their range."""
+    dims, components = [16, 3, 8, 33, 64], [16, 3, None, 0, 5]
+    packed, dense = coded_collection(seed, dims, components, rows=150, remap=remap)
+    ranges = [r for t in (3, 1, 0, 4, 2) for r in ranges_of(packed, t)]
+    ranges += [RowRange(t, 0, 150) for t in (4, 2, 0)]
+    taken = take_rows(packed, ranges)
+    validate_packed_tables(taken)
+    assert size_report(taken).total == taken.nbytes
+    with use_backend("reference"):
+        tbe = PackedTableBatchedEmbeddingBags(taken, output_dtype=torch.float64)
+        for k, rows in enumerate(ranges):
+            ids, own = torch.arange(rows.num_rows), slice(rows.first_row, rows.first_row + rows.num_rows)
+            values = tbe.lookup(slice(k, k + 1), ids, torch.arange(rows.num_rows + 1))
+            assert torch.equal(values, dense[rows.table][own])
+    for rows in ranges:
+        alone = take_rows(packed, [rows])
+        parts = {"t": coding_of_range(packed, rows)}
+        assert alone.nbytes == packed_bytes(parts, learned_zero_rows=False).total
+    assert taken.nbytes <= sum(take_rows(packed, [rows]).nbytes for rows in ranges)
 
 
 @pytest.mark.parametrize("kind", list(Directory))

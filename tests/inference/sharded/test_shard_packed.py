@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from tests.inference.sharded.random_collections import batch, collection, cut, expected
+from tests.packing.random_codings import coded_collection
 from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed
 from torchrec_mpe.inference.sharded import row_ranges
 from torchrec_mpe.inference.sharded.replicas import ReplicatedModel
@@ -75,6 +76,26 @@ def test_the_bytes_of_the_plan(part: float) -> None:
     ids = torch.tensor([0, 29_999, 3, 19_999, 0, 499])
     kjt = KeyedJaggedTensor.from_lengths_sync(["f_a", "f_b", "f_c"], ids, torch.full((3,), 2))
     torch.testing.assert_close(sharded(kjt).values(), ebc(kjt).values(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [0.7, 0.4])
+@pytest.mark.parametrize("remap", [False, True])
+def test_coded_tables_take_the_bytes_of_the_placement(remap: bool, part: float) -> None:
+    packed, dense = coded_collection(3, [16, 16, 64], [16, 2, 8], rows=3000, remap=remap)
+    configs = [
+        EmbeddingBagConfig(name=f"t{k}", num_embeddings=3000, embedding_dim=dim, feature_names=[f"f{k}"])
+        for k, dim in enumerate((16, 16, 64))
+    ]
+    ebc = mpe.PackedEmbeddingBagCollection(configs, packed)
+    memory = int(ebc.size_report().total * part)
+    sharded, placement = mpe.shard_packed(ebc, ["cpu"] * 6, memory=memory)
+    assert isinstance(sharded, ShardedPackedEmbeddingBagCollection)
+    assert tuple(sharded.device_bytes.values()) == placement.device_bytes
+    assert max(placement.device_bytes) <= memory and placement.num_devices > 1
+    ids = torch.arange(0, 3000, 17).repeat(3)
+    kjt = KeyedJaggedTensor.from_lengths_sync(["f0", "f1", "f2"], ids, torch.ones(len(ids), dtype=torch.int64))
+    want = torch.cat([rows[:3000:17] for rows in dense], dim=1)
+    torch.testing.assert_close(sharded(kjt).values().double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_directories_that_were_asked_for_never_overfill_a_device() -> None:

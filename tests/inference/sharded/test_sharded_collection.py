@@ -27,9 +27,10 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("how", ["tables", "rows", "mixed"])
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_equality(how: str, devices: int, weighted: bool) -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_equality(coded: bool, how: str, devices: int, weighted: bool) -> None:
     for seed, dtype in zip(SEEDS, (torch.int64, torch.int32, torch.int64), strict=True):
-        ebc, dense = collection(seed, weighted)
+        ebc, dense = collection(seed, weighted, coded=coded)
         shards = cut(dense, devices, how)
         split = sharded(ebc, shards, devices)
         for bags in (0, 1, 7):

@@ -12,8 +12,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_mpe as mpe
 from tests.inference.sharded.random_collections import batch, collection, expected
 from tests.inference.sharded.test_sharded_collection import close
-from torchrec_mpe.distributed.planner.packed_placement import place_packed
-from torchrec_mpe.inference.sharded.placement import _precision
+from torchrec_mpe.distributed.planner.packed_placement import place_tables
+from torchrec_mpe.inference.sharded.placement import codings_of_tables
 from torchrec_mpe.inference.sharded.sharded_collection import LEAF_MODULES, ShardedPackedEmbeddingBagCollection
 
 TABLES = [f"t{k}" for k in range(5)]
@@ -37,9 +37,10 @@ def constraints(sharding_type: str) -> dict[str, ParameterConstraints]:
 @pytest.mark.supports("shard_quant_model with PackedEmbeddingBagCollectionSharder", "CPU")
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shard_quant_model(sharding_type: str, world_size: int) -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_shard_quant_model(coded: bool, sharding_type: str, world_size: int) -> None:
     """Also with sharding_device="meta", TorchRec's default, with which its own collections have no values."""
-    ebc, dense = collection(1)
+    ebc, dense = collection(1, coded=coded)
     kjt = batch(dense, 5)
     for sharding_device in ("cpu", "meta"):
         sharded, plan = shard_quant_model(
@@ -75,11 +76,13 @@ def test_without_constraints_torchrecs_planner_decides() -> None:
 
 
 @pytest.mark.parametrize("part", [2.0, 0.5])
-def test_the_plan_of_replan(part: float) -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_the_plan_of_replan(coded: bool, part: float) -> None:
     """Exact bytes and uneven ranges, or DATA_PARALLEL where one device holds all."""
-    ebc, dense = collection(1)
-    plan = _precision([ebc.packed_tables().cpu()])
-    placement = place_packed(plan, int(ebc.size_report().total * part) + 1000, 3)
+    ebc, dense = collection(1, coded=coded)
+    tables = codings_of_tables([ebc.packed_tables()])
+    memory = int(ebc.size_report().total * part) + 1000
+    placement = place_tables(tables, memory, 3, learned_zero_rows=True)
     sharded, _ = shard_quant_model(
         Model(ebc),
         world_size=3,
@@ -96,7 +99,9 @@ def test_misuse_is_named() -> None:
     ebc, _ = collection(1)
     sharder = mpe.PackedEmbeddingBagCollectionSharder()
     env = ShardingEnv.from_local(2, 0)
-    plan = place_packed(_precision([ebc.packed_tables()]), ebc.size_report().total * 2 // 3, 2).sharding_plan("cpu")
+    plan = place_tables(
+        codings_of_tables([ebc.packed_tables()]), ebc.size_report().total * 2 // 3, 2, learned_zero_rows=True
+    ).sharding_plan("cpu")
     with pytest.raises(ValueError, match=r"model\.ebc: the sharding plan has no table t1"):
         sharder.shard(ebc, EmbeddingModuleShardingPlan({t: plan[t] for t in plan if t != "t1"}), env, None, "model.ebc")
     plan["t1"].sharding_type = "column_wise"

@@ -20,9 +20,11 @@ from torchrec_mpe.distributed.planner.plan_report import readable
 from torchrec_mpe.files.text_table import text_table
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.size import packed_bytes
+from torchrec_mpe.packing.table_coding import TableCoding
 from torchrec_mpe.precision.plan import PrecisionPlan
 
-_Size: TypeAlias = Callable[[Mapping[str, TableBitWidths]], int]
+_Coding: TypeAlias = TableBitWidths | TableCoding
+_Size: TypeAlias = Callable[[Mapping[str, _Coding]], int]
 # A split table's parts end at a multiple of its rows' 256th part: a search over few sizes.
 _PARTS = 256
 
@@ -152,34 +154,41 @@ class PackedPlacement:
 
 
 def place_packed(precision: PrecisionPlan, available: int, world_size: int) -> PackedPlacement:
-    """Place the packed tables of a precision plan on the fewest devices.
+    """Place the packed tables of a precision plan on the fewest devices, see :func:`place_tables`."""
+    return place_tables(precision.tables, available, world_size, learned_zero_rows=precision.zero_row == "learned")
+
+
+def place_tables(
+    tables: Mapping[str, TableBitWidths | TableCoding], available: int, world_size: int, *, learned_zero_rows: bool
+) -> PackedPlacement:
+    """Place packed tables on the fewest devices.
 
     Whole tables, largest first, each on the device with the most room; only where that fails, tables are split into
     ranges of rows. All bytes are exact, directories, scales and padding included.
 
     Args:
-        precision (PrecisionPlan): bit-widths of every table.
+        tables (Mapping[str, TableBitWidths | TableCoding]): bit-widths or coding of every table.
         available (int): bytes that each device has for packed tables.
         world_size (int): devices that there are.
+        learned_zero_rows (bool): a table with 0-bit rows stores the vector that they read; a coding says so itself.
 
     Raises:
         PlannerError: if they are too few, with the bytes of each table and how many would do.
     """
-    report = precision.size_report()
-    learned = precision.zero_row == "learned"
-    tables = dict(precision.tables)
 
-    def size(parts: Mapping[str, TableBitWidths]) -> int:
-        return packed_bytes(parts, learned_zero_rows=learned).total
+    def size(parts: Mapping[str, _Coding]) -> int:
+        return packed_bytes(parts, learned_zero_rows=learned_zero_rows).total
+
+    total = size(tables)
 
     alone = {name: size({name: widths}) for name, widths in tables.items()}
-    if report.total <= available:
+    if total <= available:
         whole = [_shard(name, 0, 0, tables[name].num_embeddings, tables[name], alone[name]) for name in tables]
-        return PackedPlacement(tuple(whole), (report.total,), report.total, available, world_size)
+        return PackedPlacement(tuple(whole), (total,), total, available, world_size)
     parts = {name: shape_of_rows(widths, 0, _part_rows(widths)) for name, widths in tables.items()}
     if any(size({name: part}) > available for name, part in parts.items()):
         raise _too_few(alone, available, world_size, None)
-    fewest = -(-report.total // available)
+    fewest = -(-total // available)
     # Each part of a split table has a directory and scales of its own, of a few hundred bytes.
     for devices in range(fewest, fewest + fewest // 4 + 4):
         shards = _place_whole(alone, tables, devices, available) or _split(alone, tables, devices, available, size)
@@ -188,17 +197,17 @@ def place_packed(precision: PrecisionPlan, available: int, world_size: int) -> P
         if devices > world_size:
             raise _too_few(alone, available, world_size, devices)
         loads = tuple(_load([s for s in shards if s.device == device], tables, size) for device in range(devices))
-        return PackedPlacement(tuple(shards), loads, report.total, available, world_size)
+        return PackedPlacement(tuple(shards), loads, total, available, world_size)
     raise _too_few(alone, available, world_size, None)
 
 
-def _shard(name: str, device: int, start: int, stop: int, widths: TableBitWidths, nbytes: int) -> PackedShard:
+def _shard(name: str, device: int, start: int, stop: int, widths: _Coding, nbytes: int) -> PackedShard:
     return PackedShard(name, device, start, stop - start, widths.embedding_dim, nbytes)
 
 
 def _load(
     shards: Sequence[PackedShard],
-    tables: Mapping[str, TableBitWidths],
+    tables: Mapping[str, _Coding],
     size: _Size,
 ) -> int:
     """Exact bytes of the shards of one device, packed together."""
@@ -216,7 +225,7 @@ def _largest_first(alone: Mapping[str, int]) -> list[str]:
 
 
 def _place_whole(
-    alone: Mapping[str, int], tables: Mapping[str, TableBitWidths], devices: int, available: int
+    alone: Mapping[str, int], tables: Mapping[str, _Coding], devices: int, available: int
 ) -> list[PackedShard] | None:
     free = [available] * devices
     shards: list[PackedShard] = []
@@ -231,7 +240,7 @@ def _place_whole(
 
 def _split(
     alone: Mapping[str, int],
-    tables: Mapping[str, TableBitWidths],
+    tables: Mapping[str, _Coding],
     devices: int,
     available: int,
     size: _Size,
@@ -257,11 +266,11 @@ def _split(
     return shards
 
 
-def _part_rows(widths: TableBitWidths) -> int:
+def _part_rows(widths: _Coding) -> int:
     return -(-widths.num_embeddings // _PARTS)
 
 
-def _rows_that_fit(widths: TableBitWidths, start: int, free: int, size: _Size) -> int:
+def _rows_that_fit(widths: _Coding, start: int, free: int, size: _Size) -> int:
     """The most rows from ``start`` on, in steps of a 256th of the table, that take no more than ``free`` bytes."""
     step = _part_rows(widths)
     left = widths.num_embeddings - start
@@ -277,7 +286,7 @@ def _too_few(alone: Mapping[str, int], available: int, world_size: int, devices:
     lines = [["table", "packed bytes"], *([name, f"{alone[name]:,}"] for name in _largest_first(alone))]
     needed = f"{devices} such devices hold them" if devices else "no number of such devices holds them"
     return PlannerError(
-        f"the packed tables do not fit into {world_size} devices with {readable(available)} each: {needed}; or take a "
-        f"precision plan with fewer bits\n\n{text_table(lines)}",
+        f"the packed tables do not fit into {world_size} devices with {readable(available)} each: {needed}; or take "
+        f"tables of fewer bits\n\n{text_table(lines)}",
         PlannerErrorType.INSUFFICIENT_STORAGE,
     )

@@ -1,20 +1,24 @@
-"""The bit-widths of a range of a table's rows, as a table of its own."""
+"""The bit-widths or the coding of a range of a table's rows, as a table of its own."""
 
 from dataclasses import replace
 from itertools import accumulate
+from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.table_coding import TableCoding
 
+_Table = TypeVar("_Table", bound=TableBitWidths | TableCoding)
 _CHUNK_ROWS = 1 << 24
 
 
-def widths_of_rows(widths: TableBitWidths, start: int, stop: int) -> TableBitWidths:
+def widths_of_rows(widths: _Table, start: int, stop: int) -> _Table:
     """The rows ``start`` to ``stop`` as a table: ids count from ``start``, ranks are those within the range.
 
     Args:
-        widths (TableBitWidths): of the whole table.
+        widths (TableBitWidths | TableCoding): of the whole table.
         start (int): first row.
         stop (int): last row, exclusive.
 
@@ -27,18 +31,16 @@ def widths_of_rows(widths: TableBitWidths, start: int, stop: int) -> TableBitWid
         order = widths.order[start:stop].argsort()
         places = torch.empty(stop - start, dtype=torch.int32)
         places[order] = torch.arange(stop - start, dtype=torch.int32)
-    return replace(_from_segments(widths, counts), order=places)
+    return _from_segments(widths, counts, places)
 
 
-def shape_of_rows(widths: TableBitWidths, start: int, stop: int) -> TableBitWidths:
+def shape_of_rows(widths: _Table, start: int, stop: int) -> _Table:
     """A table that takes exactly the bytes of :func:`widths_of_rows`, without its ranks' order, which takes a sort."""
-    shape = _from_segments(widths, rows_per_segment(widths, start, stop))
-    if widths.order is None:
-        return shape
-    return replace(shape, order=torch.arange(shape.num_embeddings, dtype=torch.int32))
+    order = None if widths.order is None else torch.arange(stop - start, dtype=torch.int32)
+    return _from_segments(widths, rows_per_segment(widths, start, stop), order)
 
 
-def rows_per_segment(widths: TableBitWidths, start: int, stop: int) -> list[int]:
+def rows_per_segment(widths: TableBitWidths | TableCoding, start: int, stop: int) -> list[int]:
     """How many of the rows ``start`` to ``stop`` each of the k segments of the frequency order holds.
 
     Raises:
@@ -49,14 +51,19 @@ def rows_per_segment(widths: TableBitWidths, start: int, stop: int) -> list[int]
     if widths.order is None:
         return torch.tensor(widths.bounds).clamp(start, stop).diff().tolist()
     inner = torch.tensor(widths.bounds[1:-1], dtype=torch.int32)
-    counts = torch.zeros(len(widths.bits), dtype=torch.int64)
+    counts = torch.zeros(len(widths.bounds) - 1, dtype=torch.int64)
     for chunk in widths.order[start:stop].split(_CHUNK_ROWS):
         segment = torch.searchsorted(inner, chunk, right=True, out_int32=True)
-        counts += torch.bincount(segment, minlength=len(widths.bits))
+        counts += torch.bincount(segment, minlength=len(counts))
     return counts.tolist()
 
 
-def _from_segments(widths: TableBitWidths, counts: list[int]) -> TableBitWidths:
-    kept = [(count, bits) for count, bits in zip(counts, widths.bits, strict=True) if count]
-    bounds = (0, *accumulate(count for count, _ in kept))
-    return TableBitWidths(bounds[-1], widths.embedding_dim, bounds, tuple(bits for _, bits in kept))
+def _from_segments(widths: _Table, counts: list[int], order: Tensor | None) -> _Table:
+    kept = [segment for segment, count in enumerate(counts) if count]
+    bounds = (0, *accumulate(counts[segment] for segment in kept))
+    if isinstance(widths, TableCoding):
+        groups = tuple(widths.groups[segment] for segment in kept)
+        coding = replace(widths, num_embeddings=bounds[-1], bounds=bounds, groups=groups, order=order)
+        return cast(_Table, coding)
+    bits = tuple(widths.bits[segment] for segment in kept)
+    return cast(_Table, TableBitWidths(bounds[-1], widths.embedding_dim, bounds, bits, order))

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, PackedShard, place_packed
+from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, PackedShard, place_tables
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
-from torchrec_mpe.inference.sharded.row_ranges import RowRange, widths_of_range
-from torchrec_mpe.packing.bit_widths import MAX_BITS
+from torchrec_mpe.inference.sharded.row_ranges import RowRange, coding_of_range
+from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.packed_tables import PackedTables
-from torchrec_mpe.precision.plan import PrecisionPlan
+from torchrec_mpe.packing.size import packed_bytes
+from torchrec_mpe.packing.table_coding import TableCoding
 
 _RESERVED = 0.15  # of a GPU's free memory, for activations and the allocator
 
@@ -38,11 +39,13 @@ def place_collections(
             PackedShard(name, 0, 0, size.num_embeddings, size.embedding_dim, size.total) for name, size in sizes.items()
         )
         return PackedPlacement(shards, (total,), total, total if memory is None else memory, devices)
-    plan = _precision([collection.packed_tables().cpu() for collection in collections.values()])
-    # What these tables take beyond the plan's: directories that were asked for, scales of their own, several
+    packed = [collection.packed_tables().cpu() for collection in collections.values()]
+    tables = codings_of_tables(packed)
+    learned = any(bool((each.zero_row_offsets >= 0).any()) for each in packed)
+    # What these tables take beyond those sizes: directories that were asked for, scales of their own, several
     # collections. No device's share of it is larger than all of it.
-    beyond = max(0, total - plan.size_report().total)
-    return place_packed(plan, memory - beyond, devices)
+    beyond = max(0, total - packed_bytes(tables, learned_zero_rows=learned).total)
+    return place_tables(tables, memory - beyond, devices, learned_zero_rows=learned)
 
 
 def free_memory(devices: Sequence[torch.device]) -> int | None:
@@ -51,12 +54,10 @@ def free_memory(devices: Sequence[torch.device]) -> int | None:
     return int(min(free) * (1 - _RESERVED)) if free else None
 
 
-def _precision(packed: Sequence[PackedTables]) -> PrecisionPlan:
-    """The bit-widths of packed tables, read from their directories."""
-    widths = {
-        table.name: widths_of_range(each, RowRange(t, 0, table.num_embeddings))
+def codings_of_tables(packed: Sequence[PackedTables]) -> dict[str, TableBitWidths | TableCoding]:
+    """The bit-widths of packed tables, read from their directories, and the codings of coded ones."""
+    return {
+        table.name: coding_of_range(each, RowRange(t, 0, table.num_embeddings))
         for each in packed
         for t, table in enumerate(each.tables)
     }
-    learned = any(bool((each.zero_row_offsets >= 0).any()) for each in packed)
-    return PrecisionPlan(widths, tuple(range(MAX_BITS + 1)), "learned" if learned else "zero")

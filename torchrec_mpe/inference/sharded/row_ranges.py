@@ -7,14 +7,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from torchrec_mpe.distributed.planner.packed_rows import widths_of_rows
 from torchrec_mpe.inference.sharded.consecutive_rows import locate_consecutive
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
+from torchrec_mpe.ops.reference.component_codes import read_codes, write_codes_
+from torchrec_mpe.ops.reference.run_coding import component_bits
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import choose_directory
 from torchrec_mpe.packing.directory_lines import write_directory
-from torchrec_mpe.packing.layout import END_PADDING, aligned
+from torchrec_mpe.packing.layout import ALIGNMENT, END_PADDING, aligned, lay_out_coded_table
+from torchrec_mpe.packing.pack_coded import coding_tensors
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
+from torchrec_mpe.packing.read_coding import coding_of_table
+from torchrec_mpe.packing.table_coding import TableCoding
 
 _CHUNK_ROWS = 1 << 16
 
@@ -28,6 +34,14 @@ class RowRange:
     num_rows: int
 
 
+def coding_of_range(packed: PackedTables, rows: RowRange) -> TableBitWidths | TableCoding:
+    """The bit-widths of a range of packed rows, see :func:`widths_of_range`, or of a coded table its coding."""
+    if packed.components_of(rows.table) is None:
+        return widths_of_range(packed, rows)
+    coding = coding_of_table(packed, rows.table)
+    return coding if _is_whole(packed, rows) else widths_of_rows(coding, rows.first_row, rows.first_row + rows.num_rows)
+
+
 def widths_of_range(packed: PackedTables, rows: RowRange) -> TableBitWidths:
     """The bit-widths of a range of packed rows, read from the directory; ids count from the range's first row.
 
@@ -36,7 +50,7 @@ def widths_of_range(packed: PackedTables, rows: RowRange) -> TableBitWidths:
 
     Args:
         packed (PackedTables): on the CPU.
-        rows (RowRange): of one of its tables.
+        rows (RowRange): of one of its tables that are not coded.
     """
     shape = packed.tables[rows.table]
     if int(packed.directory_kinds[rows.table]) == Directory.RANKED:
@@ -71,7 +85,7 @@ def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:
     """Packed tables that hold the given ranges, a table each, in their order.
 
     A whole table is copied as it is. A range of rows gets the directory that makes it smallest, and rows are moved, not
-    unpacked; ids count from its first row. Scales and 0-bit vectors that nothing uses stay behind.
+    unpacked; ids count from its first row. Scales, levels and 0-bit vectors that nothing uses stay behind.
 
     Args:
         packed (PackedTables): validated, on any device.
@@ -95,12 +109,19 @@ def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:
     if [r.table for r in ranges] == list(range(len(packed.tables))) and all(_is_whole(packed, r) for r in ranges):
         return packed
     parts = [_whole(packed, r.table) if _is_whole(packed, r) else _range(packed, r) for r in ranges]
-    weights_offsets = [0, *accumulate(part.weights.numel() for part in parts)]
+    weights_offsets: list[int] = []
+    end = 0
+    for part in parts:
+        weights_offsets.append(-(-end // part.alignment) * part.alignment)
+        end = weights_offsets[-1] + part.weights.numel()
+    weights = torch.zeros(aligned(end) + END_PADDING, dtype=torch.uint8)
+    for part, start in zip(parts, weights_offsets, strict=True):
+        weights[start : start + part.weights.numel()] = part.weights
     directory_ends = list(accumulate(part.directory.numel() for part in parts))
     return PackedTables(
         tables=tuple(part.shape for part in parts),
-        weights=torch.cat([*(part.weights for part in parts), torch.zeros(END_PADDING, dtype=torch.uint8)]),
-        weights_offsets=torch.tensor(weights_offsets[:-1], dtype=torch.int64),
+        weights=weights,
+        weights_offsets=torch.tensor(weights_offsets, dtype=torch.int64),
         rows_per_table=int32_tensor([part.shape.num_embeddings for part in parts]),
         run_records=torch.cat([part.run_records for part in parts]),
         run_starts=torch.cat([part.run_starts for part in parts]),
@@ -116,6 +137,7 @@ def take_rows(packed: PackedTables, ranges: Sequence[RowRange]) -> PackedTables:
         ),
         **_scales(packed, ranges),
         **_zero_rows(packed, ranges, parts),
+        **coding_tensors([part.coding for part in parts]),
     )
 
 
@@ -128,6 +150,8 @@ class _Part:
     run_records: Tensor
     run_starts: Tensor
     reads_zero_row: bool
+    alignment: int = ALIGNMENT
+    coding: TableCoding | None = None
 
 
 def _is_whole(packed: PackedTables, rows: RowRange) -> bool:
@@ -163,20 +187,29 @@ def _whole(packed: PackedTables, t: int) -> _Part:
     following = [start for start in packed.directory_offsets[t + 1 :].tolist() if start >= 0]
     end = following[0] if following else packed.directory.numel()
     own = _runs_of(packed, t)
+    coding, alignment, stop = None, ALIGNMENT, starts[t + 1]
+    if packed.components_of(t) is not None:
+        coding = coding_of_table(packed, t, ordered=False)
+        layout = lay_out_coded_table(packed.tables[t].name, coding, Directory.RANKED)
+        alignment, stop = layout.alignment, starts[t] + layout.end
     return _Part(
         packed.tables[t],
         Directory(int(packed.directory_kinds[t])),
-        packed.weights[starts[t] : starts[t + 1]],
+        packed.weights[starts[t] : stop],
         packed.directory[offset:end] if offset >= 0 else packed.directory[:0],
         packed.run_records[own],
         packed.run_starts[own],
         True,
+        alignment,
+        coding,
     )
 
 
 def _range(packed: PackedTables, rows: RowRange) -> _Part:
     shape, table_weights = packed.tables[rows.table], packed.weights[int(packed.weights_offsets[rows.table]) :]
-    widths = widths_of_range(packed, rows)
+    widths = coding_of_range(packed, rows)
+    if isinstance(widths, TableCoding):
+        return _coded_range(packed, rows, widths)
     layout = choose_directory(f"{shape.name}/{rows.first_row}", widths)
     directory = torch.zeros(aligned(layout.directory_bytes), dtype=torch.uint8)
     write_directory(widths, layout, directory[: layout.directory_bytes])
@@ -214,17 +247,57 @@ def _range(packed: PackedTables, rows: RowRange) -> _Part:
     )
 
 
+def _coded_range(packed: PackedTables, rows: RowRange, coding: TableCoding) -> _Part:
+    """Plain rows byte by byte, transformed ones code by code, as they start at any bit."""
+    shape, table_weights = packed.tables[rows.table], packed.weights[int(packed.weights_offsets[rows.table]) :]
+    kind = Directory.RANKED if coding.order is None else Directory.REMAP
+    layout = lay_out_coded_table(f"{shape.name}/{rows.first_row}", coding, kind)
+    directory = torch.zeros(aligned(layout.directory_bytes), dtype=torch.uint8)
+    if coding.order is not None:
+        directory[: layout.directory_bytes] = coding.order.view(torch.uint8)
+    weights = torch.zeros(layout.end, dtype=torch.uint8)
+    bounds = torch.tensor(coding.bounds[1:], dtype=torch.int64)
+    for start, stop in _chunks(rows):
+        located = packed.locate(rows.table, torch.arange(start, stop))
+        own = slice(start - rows.first_row, stop - rows.first_row)
+        places = torch.arange(own.start, own.stop) if coding.order is None else coding.order[own].long()
+        groups = torch.searchsorted(bounds, places, right=True)
+        for g in groups.unique().tolist():
+            run = layout.runs[g]
+            chosen = (groups == g).nonzero().squeeze(1)
+            if not bool((located.coding[chosen] == run.coding).all()):
+                raise RuntimeError(f"table {layout.name}: its new directory does not have the codings of its rows")
+            sources, targets = located.starts[chosen], run.base + (places[chosen] - run.first) * run.row_bits
+            if run.is_transformed:
+                bits = component_bits(run.coding, coding.components)
+                write_codes_(weights, targets, bits, read_codes(table_weights, sources, bits))
+            elif run.row_bits:
+                row = torch.arange(run.row_bits // 8)
+                weights[(targets >> 3).unsqueeze(1) + row] = table_weights[(sources >> 3).unsqueeze(1) + row]
+    return _Part(
+        TableShape(layout.name, rows.num_rows, shape.embedding_dim),
+        kind,
+        weights,
+        directory,
+        torch.tensor([run.record for run in layout.runs], dtype=torch.int64),
+        int32_tensor([run.first for run in layout.runs]),
+        layout.has_zero_bits,
+        layout.alignment,
+        coding,
+    )
+
+
 def _scales(packed: PackedTables, ranges: Sequence[RowRange]) -> dict[str, Tensor]:
     """The scale sets in use, in the order of their first table."""
     index = [int(packed.scale_index[rows.table]) for rows in ranges]
-    used = list(dict.fromkeys(index))
+    used = list(dict.fromkeys(s for s in index if s >= 0))
     dims = {s: packed.tables[rows.table].embedding_dim for s, rows in zip(index, ranges, strict=True)}
     starts = {s: int(packed.beta_offsets[s]) for s in used}
     return {
         "alpha": packed.alpha[used],
-        "beta": torch.cat([packed.beta[starts[s] : starts[s] + dims[s]] for s in used]),
+        "beta": torch.cat([packed.beta[:0], *(packed.beta[starts[s] : starts[s] + dims[s]] for s in used)]),
         "beta_offsets": int32_tensor([0, *accumulate(dims[s] for s in used)][:-1]),
-        "scale_index": int32_tensor([used.index(s) for s in index]),
+        "scale_index": int32_tensor([used.index(s) if s >= 0 else -1 for s in index]),
     }
 
 

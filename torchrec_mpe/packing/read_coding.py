@@ -1,0 +1,51 @@
+"""The coding of a packed table, from its tensors."""
+
+import torch
+
+from torchrec_mpe.ops.directory import Directory
+from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS, level_count
+from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
+
+
+def coding_of_table(packed: PackedTables, t: int, *, ordered: bool = True) -> TableCoding:
+    """The coding of a coded table; work is per run, and per row if its ids are not in the frequency order.
+
+    Args:
+        packed (PackedTables): validated, on the CPU.
+        t (int): index of a coded table.
+        ordered (bool): False: without the order of its ids, whatever its directory.
+
+    Returns:
+        TableCoding: whose packed bytes are those of the table. What encodes a row is not stored: ``encoder`` is the
+        pseudo-inverse of the basis, which gives the row's nearest components.
+    """
+    table, components = packed.tables[t], packed.components_of(t)
+    assert components is not None
+    following = int(packed.levels_offsets[t])
+    groups: list[RowCoding] = []
+    runs = packed.runs(t, table.num_embeddings)
+    for run in runs:
+        count = level_count(run.coding, components)
+        levels = packed.levels[following : following + count].tolist()
+        following += count
+        if run.is_transformed:
+            bits = tuple(run.coding >> 4 * block & 15 for block in range(len(COMPONENT_BLOCKS)))
+            groups.append(TransformedRows(bits, tuple(levels[::2]), tuple(levels[1::2]), components))
+        else:
+            groups.append(PlainRows(run.bits, *levels))
+    basis, zero = packed.basis(t), int(packed.zero_row_offsets[t])
+    order = None
+    if ordered and int(packed.directory_kinds[t]) == Directory.REMAP:
+        start = int(packed.directory_offsets[t])
+        order = packed.directory[start : start + 4 * table.num_embeddings].view(torch.int32)
+    return TableCoding(
+        table.num_embeddings,
+        table.embedding_dim,
+        (*(run.first for run in runs), table.num_embeddings),
+        tuple(groups),
+        basis,
+        torch.linalg.pinv(basis[:-1].double()).float(),
+        None if zero < 0 else packed.zero_rows[zero : zero + table.embedding_dim],
+        order,
+    )
