@@ -1,4 +1,4 @@
-"""The diff of README is that of the examples, and its commands are commands."""
+"""The diff of a training script is that of the examples, and the commands of the pages are commands."""
 
 import re
 import signal
@@ -17,7 +17,8 @@ def _code(line: str) -> str:
 
 
 def test_the_diff_is_that_of_the_examples() -> None:
-    diff = re.search(r"^```diff\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
+    commands = (_ROOT / "docs" / "commands.md").read_text()
+    diff = re.search(r"^```diff\n(.*?)^```", commands, re.DOTALL | re.MULTILINE)
     assert diff is not None
     plain, swapped = (
         {_code(line) for line in (_ROOT / "examples" / f"{name}.py").read_text().splitlines()}
@@ -34,7 +35,7 @@ def test_commands_are_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # which main() sets for its process
     pages = _README + (_ROOT / "docs" / "commands.md").read_text()
     commands = set(re.findall(r"^(?:\.venv/bin/)?torchrec-mpe ([a-z]+)", pages, re.MULTILINE))
-    assert commands == {"demo", "run", "prepare", "plan", "convert", "inspect", "verify", "doctor"}
+    assert commands == {"demo", "run", "prepare", "plan", "compress", "convert", "inspect", "verify", "doctor"}
     for command in commands:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])

@@ -74,7 +74,10 @@ def test_counts_from_a_prepared_log(inputs: Path, tmp_path: Path, capsys: pytest
     [
         (["{}/model.safetensors", "--frequencies", "{}/counts.safetensors", "--ratio", "0"], "--ratio must be"),
         (["{}/model.safetensors", "--frequencies", "{}/counts.safetensors", "--ratio", "5000"], "without any bits"),
-        (["{}/model.safetensors", "--frequencies", "{}/curvature.safetensors", "--ratio", "9"], "is not a frequency file"),
+        (
+            ["{}/model.safetensors", "--frequencies", "{}/curvature.safetensors", "--ratio", "9"],
+            "is not a frequency file",
+        ),
         (["{}/model.safetensors", "--data", "{}/nowhere", "--ratio", "9"], "nowhere"),
         (
             [
