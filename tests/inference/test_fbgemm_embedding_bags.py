@@ -16,6 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTable
 from torch import Tensor, nn
 from torchrec.fx import Tracer
 
+from tests.packing.random_codings import coded_collection
 from tests.packing.random_tables import random_tables
 from torchrec_mpe.inference.fbgemm_embedding_bags import FbgemmTableBatchedEmbeddingBags
 from torchrec_mpe.inference.fbgemm_rows import fbgemm_rows, realigned
@@ -84,6 +85,33 @@ def test_every_directory_width_and_dimension(seed: int, weighted: bool) -> None:
     weights = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(seed)) - 0.3 if weighted else None
     assert_close(tbe(ids, offsets, weights), pooled(dense, FEATURES, ids, offsets, weights))
     assert tbe.D_offsets == [0, *itertools.accumulate(DIMS[t] for t in FEATURES)]
+
+
+@pytest.mark.supports('backend="fbgemm": transform-coded tables', "CPU")
+@pytest.mark.parametrize("remap", [False, True])
+@pytest.mark.parametrize("kind", [SparseType.INT8, SparseType.INT4])
+def test_coded_tables(kind: SparseType, remap: bool) -> None:
+    """Within the error of the format: half a step of each row that is added, and a rounding of scale and bias."""
+    components = [8, 5, None, 0, 2]
+    packed, dense = coded_collection(5, DIMS, components, rows=120, remap=remap)
+    tbe = FbgemmTableBatchedEmbeddingBags(packed, FEATURES, [0] * len(FEATURES), coded_rows=kind)
+    ids, offsets = ids_and_offsets(packed, FEATURES, first=-1)
+    found, want = tbe(ids, offsets), pooled(dense, FEATURES, ids, offsets)
+    bits = 8 if kind == SparseType.INT8 else 4
+    steps = [
+        0.0 if count is None else float((rows.amax(1) - rows.amin(1)).max()) / (2**bits - 1)
+        for rows, count in zip(dense, components, strict=True)
+    ]
+    largest = [float(rows.abs().max()) for rows in dense]
+    error = (found.double() - want).abs()
+    for f, t in enumerate(FEATURES):
+        of_feature = error[:, tbe.D_offsets[f] : tbe.D_offsets[f + 1]]
+        assert float(of_feature.max()) <= 7 * (0.51 * steps[t] + 2**-10 * largest[t]), t
+    assert bool((error > 0).any())
+    sizes = {s.table: s.row_bytes(1) for s in tbe._sub_tables if components[s.table] is not None}
+    assert sizes == {t: -(-DIMS[t] // 4) * 4 * bits // 8 + 4 for t in (0, 1, 3, 4)}
+    with pytest.raises(ValueError, match="rows of coded tables can be INT2, INT4 or INT8, not"):
+        FbgemmTableBatchedEmbeddingBags(packed, FEATURES, [0] * len(FEATURES), coded_rows=SparseType.FP16)
 
 
 @pytest.mark.parametrize("width", range(9))

@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Final
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from torch import Tensor, nn
 
@@ -47,6 +48,10 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
     ``2**-11 * sum_i |w_i| * |q_i| * alpha_i``, ``q`` the signed code, for step sizes of 2**-14 and more, and by float32
     rounding. FBGEMM's CUDA kernels also compute each row in float16, which may double that.
 
+    Rows of coded tables are decoded and quantized as FBGEMM quantizes, to INT8 unless asked otherwise: off by at most
+    half the row's scale, a 255th of its range, beside the float16 rounding of scale and bias, and of D + 4 bytes a row
+    whatever they took before. A table that was coded to a hundredth of fp32 is so a quarter of it.
+
     All state is in buffers: ``.to(device)`` moves it, ``.half()`` and friends leave it as it is, and a state_dict loads
     into a module of the same widths and row alignment. torch.export (``strict=False``), torch.jit.script, and fx with
     this class as a leaf work. An exported program in mode FATAL asserts: a RuntimeError that names no feature on CPU, a
@@ -62,6 +67,7 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
         feature_labels (Optional[Sequence[str]]): what errors call each feature; default "table NAME, feature f".
         row_alignment (Optional[int]): bytes to whose multiple rows are padded; None: FBGEMM's own, 1 on CPU and 16 on
             CUDA. Moving to CUDA pads rows to 16.
+        coded_rows (SparseType): the format of rows of coded tables, INT8, INT4 or INT2.
         device (Optional[torch.device]): where the buffers go; None: that of ``packed``.
 
     Attributes:
@@ -113,6 +119,7 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
         bounds_check_mode: int = BoundsCheckMode.FATAL,
         feature_labels: Sequence[str] | None = None,
         row_alignment: int | None = None,
+        coded_rows: SparseType = SparseType.INT8,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -137,7 +144,7 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
         if row_alignment is None and device.type == "cuda":
             self._row_alignment = _CUDA_ROW_ALIGNMENT
 
-        rows = fbgemm_rows(packed, self._row_alignment)
+        rows = fbgemm_rows(packed, self._row_alignment, coded_rows)
         self._sub_tables = rows.sub_tables
         self._register_rows(rows)
         self._register_corrections(packed, pooling_mode)
@@ -186,8 +193,12 @@ class FbgemmTableBatchedEmbeddingBags(ConvertsItself):
         start = 0
         for t in self._feature_table_map:
             dim = self._tables[t].embedding_dim
-            beta, zero = int(packed.beta_offsets[packed.scale_index[t]]), int(packed.zero_row_offsets[t])
-            betas.append(packed.beta[beta : beta + dim])
+            scales, zero = int(packed.scale_index[t]), int(packed.zero_row_offsets[t])
+            if scales < 0:  # a coded table, whose decoded rows have their means in them
+                betas.append(torch.zeros(dim))
+            else:
+                beta = int(packed.beta_offsets[scales])
+                betas.append(packed.beta[beta : beta + dim])
             zero_rows.append(packed.zero_rows[zero : zero + dim] if zero >= 0 else torch.zeros(dim))
             stored.extend(range(start, start + dim))
             start += -(-dim // 4) * 4

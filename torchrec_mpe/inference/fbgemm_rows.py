@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
@@ -12,6 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
 )
 from torch import Tensor
 
+from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.ops.reference.bitpack import row_bytes, unpack_codes
 from torchrec_mpe.packing.packed_tables import PackedTables
 
@@ -57,6 +59,9 @@ class FbgemmRows:
     A row is ``code * scale + bias``, scale and bias float16 in front of the codes. With ``s = float16(alpha[b])`` and
     ``bias = -2**(b - 1) * s``, exact in float16, it is ``(code - 2**(b - 1)) * s``: the packed row without beta, off by
     at most ``|code - 2**(b - 1)| * |s - alpha[b]|``. Rows of 0 bits are not stored.
+
+    The rows of a coded table are decoded and quantized by FBGEMM's own quantizer, each with the scale and bias of its
+    range, all to one format: whatever their bits were, a row takes D + 4 bytes as INT8 and D / 2 + 4 as INT4.
 
     Attributes:
         weights (Tensor): uint8 [P], the sub-tables one after another as FBGEMM lays them out.
@@ -104,20 +109,25 @@ def realigned(weights: Tensor, sub_tables: Sequence[SubTable], row_alignment: in
     return result
 
 
-def fbgemm_rows(packed: PackedTables, row_alignment: int) -> FbgemmRows:
+def fbgemm_rows(packed: PackedTables, row_alignment: int, coded_rows: SparseType = SparseType.INT8) -> FbgemmRows:
     """Convert packed tables to FBGEMM's formats, a few MiB of codes at a time.
 
     Args:
         packed (PackedTables): on the CPU.
         row_alignment (int): bytes to whose multiple rows are padded: 1 or more on CPU, a multiple of 16 on CUDA.
+        coded_rows (SparseType): the format of the rows of coded tables, INT8, INT4 or INT2.
 
     Returns:
         FbgemmRows: on the CPU.
 
     Raises:
-        ValueError: naming the table, if it has more than 2**29 rows, or a step size in use is no float16.
+        ValueError: naming the table, if it has more than 2**29 rows, or a step size in use, or the scale or bias of a
+            decoded row, is no float16; or if there is no such format.
     """
-    formats = [_formats(packed, t) for t in range(len(packed.tables))]
+    if coded_rows not in SPARSE_TYPES:
+        raise ValueError(f"rows of coded tables can be INT2, INT4 or INT8, not {coded_rows}")
+    coded_format = SPARSE_TYPES.index(coded_rows)
+    formats = [_formats(packed, t, coded_format) for t in range(len(packed.tables))]
     sub_tables: list[SubTable] = []
     used: set[int] = set()
     for t, (table, of_rows) in enumerate(zip(packed.tables, formats, strict=True)):
@@ -137,7 +147,10 @@ def fbgemm_rows(packed: PackedTables, row_alignment: int) -> FbgemmRows:
     for t, of_rows in enumerate(formats):
         targets = {s.format: view for s, view in zip(sub_tables, views, strict=True) if s.table == t}
         positions = _positions(of_rows)
-        _fill(packed, t, positions, targets)
+        if packed.components_of(t) is None:
+            _fill(packed, t, positions, targets)
+        else:
+            _fill_decoded(packed, t, of_rows, positions, targets)
         if bool((of_rows == of_rows[0]).all()) and int(of_rows[0]) != ZERO_BITS:
             offsets.append(-1)
         else:
@@ -155,8 +168,11 @@ def _chunks(packed: PackedTables, t: int) -> Iterator[Tensor]:
         yield torch.arange(start, min(start + step, table.num_embeddings))
 
 
-def _formats(packed: PackedTables, t: int) -> Tensor:
+def _formats(packed: PackedTables, t: int, coded_format: int) -> Tensor:
     """The format of every row of a table, uint8."""
+    if packed.components_of(t) is not None:
+        stored = torch.cat([packed.locate(t, ids).coding != 0 for ids in _chunks(packed, t)])
+        return torch.where(stored, coded_format, ZERO_BITS).to(torch.uint8)
     of_width = torch.tensor(_FORMAT_OF_WIDTH, dtype=torch.uint8)
     return torch.cat([of_width[_locate(packed, t, ids)[1].long()] for ids in _chunks(packed, t)])
 
@@ -193,6 +209,32 @@ def _fill(packed: PackedTables, t: int, positions: Tensor, targets: dict[int, Te
             payload = _format_codes(codes, _FORMAT_BITS[_FORMAT_OF_WIDTH[width]])
             rows = torch.cat([header.expand(chosen.numel(), -1), payload], dim=1)
             target[positions[ids[chosen]].long(), : rows.shape[1]] = rows
+
+
+def _fill_decoded(packed: PackedTables, t: int, formats: Tensor, positions: Tensor, targets: dict[int, Tensor]) -> None:
+    """Write the rows of a coded table that have more than 0 bits to its one sub-table."""
+    table, tensors = packed.tables[t], cast(dict[str, Any], packed.tensors())
+    for chunk in _chunks(packed, t):
+        ids = chunk[formats[chunk] != ZERO_BITS]
+        if not ids.numel():
+            continue
+        rows = packed_embedding_bag(
+            **tensors,
+            D_offsets=[0, table.embedding_dim],
+            feature_table_map=[t],
+            pooling_mode=[0],
+            indices=ids,
+            offsets=torch.arange(ids.numel() + 1),
+            backend="reference",
+        )
+        # Repeated elements leave a row's range as it is.
+        rows = torch.cat([rows, rows[:, :1].expand(-1, -table.embedding_dim % 4)], dim=1)
+        (kind,) = targets
+        quantized = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, _FORMAT_BITS[kind])
+        codes, header = quantized.split([quantized.shape[1] - 4, 4], dim=1)
+        if not bool(header.contiguous().view(torch.float16).isfinite().all()):
+            raise ValueError(f"table {table.name}: the scale or bias of a decoded row is out of float16's range")
+        targets[kind][positions[ids].long(), : quantized.shape[1]] = torch.cat([header, codes], dim=1)
 
 
 def _scale_and_bias(table: str, bits: int, alpha: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Packed tables as a TorchRec module."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
@@ -32,9 +34,9 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     tables are in ``tbe``: with ``backend="packed"`` a :class:`PackedTableBatchedEmbeddingBags`, rows at exactly their
     bits; with ``backend="fbgemm"`` a :class:`FbgemmTableBatchedEmbeddingBags`, rows widened to INT2, INT4 and INT8 for
     hosts that have FBGEMM but not this library's operators, larger and equal within float16's rounding of the step
-    sizes. All state is in its buffers: no parameters, no gradients; ``.half()`` and friends leave them as they are
-    (choose the output's dtype with ``output_dtype``). A state_dict loads into a collection of the same tables, widths
-    and backend, and is checked.
+    sizes; rows of coded tables are decoded and quantized to INT8 there, a quarter of fp32's bytes. All state is in its
+    buffers: no parameters, no gradients; ``.half()`` and friends leave them as they are (choose the output's dtype with
+    ``output_dtype``). A state_dict loads into a collection of the same tables, widths and backend, and is checked.
 
     Args:
         tables (list[EmbeddingBagConfig]): configs with pooling SUM or MEAN, in output order.
@@ -45,6 +47,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         backend (str): "packed" or "fbgemm".
         bounds_check_mode (int): what becomes of ids that are no rows of their table, FBGEMM's BoundsCheckMode; FATAL by
             default.
+        coded_rows (SparseType): with "fbgemm", the format of rows of coded tables, INT8, INT4 or INT2.
 
     Raises:
         ValueError: naming the table, if configs and packed tables differ, a table has another pooling type, or a
@@ -68,6 +71,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         device: torch.device | None = None,
         backend: str = "packed",
         bounds_check_mode: int = BoundsCheckMode.FATAL,
+        coded_rows: SparseType = SparseType.INT8,
     ) -> None:
         super().__init__()
         if output_dtype not in OUTPUT_DTYPES:
@@ -95,7 +99,11 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         ]
         if backend not in ("packed", "fbgemm"):
             raise ValueError(f"there is no backend {backend}: choose packed or fbgemm")
-        storage = PackedTableBatchedEmbeddingBags if backend == "packed" else FbgemmTableBatchedEmbeddingBags
+        storage: Callable[..., PackedTableBatchedEmbeddingBags | FbgemmTableBatchedEmbeddingBags] = (
+            PackedTableBatchedEmbeddingBags
+            if backend == "packed"
+            else partial(FbgemmTableBatchedEmbeddingBags, coded_rows=coded_rows)
+        )
         self.tbe: PackedTableBatchedEmbeddingBags | FbgemmTableBatchedEmbeddingBags = storage(
             packed,
             feature_table_map,
@@ -211,8 +219,12 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Bytes of the tables as stored."""
         return self.tbe.nbytes
 
-    def on_fbgemm(self) -> "PackedEmbeddingBagCollection":
-        """The same collection with ``backend="fbgemm"``; raises as :meth:`packed_tables`."""
+    def on_fbgemm(self, coded_rows: SparseType = SparseType.INT8) -> "PackedEmbeddingBagCollection":
+        """The same collection with ``backend="fbgemm"``; raises as :meth:`packed_tables`.
+
+        Args:
+            coded_rows (SparseType): the format of rows of coded tables, INT8, INT4 or INT2.
+        """
         packed = self._packed_storage()
         return PackedEmbeddingBagCollection(
             self._configs,
@@ -222,6 +234,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             packed.device,
             "fbgemm",
             packed.bounds_check_mode,
+            coded_rows,
         )
 
     def backend(self) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 
 import torchrec_mpe as mpe
 from tests.inference.liars import edit_tensors
@@ -43,6 +44,18 @@ def test_buffers_stay_as_they_are() -> None:
             assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name]), name
     assert all(buffer.device.type == "meta" for buffer in copy.deepcopy(ebc).to("meta").buffers())
     assert "K=16, " in repr(ebc) and " transformed of " in repr(ebc)
+
+
+def test_on_fbgemm(tmp_path: Path) -> None:
+    """Decoded to INT8, and to INT4 where that is asked for."""
+    ebc, dense = collection(0, coded=True)
+    mpe.save(ebc, tmp_path / "artifact")
+    want = expected(ebc, dense, batch(dense, 7))
+    errors = [
+        float((on_fbgemm(batch(dense, 7)).values() - want).abs().max())
+        for on_fbgemm in (mpe.load(tmp_path / "artifact", backend="fbgemm"), ebc.on_fbgemm(SparseType.INT4))
+    ]
+    assert 0 < errors[0] < 0.1 < errors[1] < 2
 
 
 def test_inspect_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
