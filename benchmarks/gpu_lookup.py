@@ -143,9 +143,12 @@ class Lookups:
         def cuda(values: Any, dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device="cuda")
 
+        first_bytes = [
+            base - first * size for first, size, base in zip(runs.firsts, runs.row_bytes, runs.bases, strict=True)
+        ]
         records = [
-            (base - first * size, size | width << 32) if width else (0, 0)
-            for first, width, size, base in zip(runs.firsts, runs.bits, runs.row_bytes, runs.bases, strict=True)
+            (8 * start, 8 * size | width << 32) if width else (0, 0)
+            for start, width, size in zip(first_bytes, runs.bits, runs.row_bytes, strict=True)
         ]
         size = tables * runs.table_bytes + 64
         weights = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda", generator=self.generator)
@@ -165,6 +168,12 @@ class Lookups:
             cuda([0] * tables, torch.int32),
             torch.randn(tables * case.dim, device="cuda", generator=self.generator) * 0.01,
             cuda([t * case.dim for t in range(tables)], torch.int32),
+            # No table is coded.
+            torch.empty(0, dtype=torch.bfloat16, device="cuda"),
+            cuda([-1] * tables, torch.int32),
+            torch.empty(0, dtype=torch.float16, device="cuda"),
+            cuda([-1] * tables, torch.int32),
+            cuda([0] * tables, torch.int32),
         )
         shape = (self.columns, self.features, [0] * tables)
 
@@ -177,7 +186,7 @@ class Lookups:
         ids = self.ids[0].long()
         run = torch.searchsorted(cuda(runs.firsts, torch.int64), ids, right=True) - 1
         sizes = cuda(runs.row_bytes, torch.int64)[run]
-        starts = cuda([base for base, _ in records], torch.int64)[run] + ids * sizes
+        starts = cuda(first_bytes, torch.int64)[run] + ids * sizes
         self.bytes[label] = self._floor(starts, sizes)
 
     def _verify(self, label: str, lookup: Callable[..., Tensor]) -> None:
