@@ -9,14 +9,16 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
+from tests.packing.random_codings import coded_table, random_coding
 from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.pack import pack_tables
 
 KEYS = ["f0", "f1", "f2"]
 DENSE = 3
 
 
-def dlrm(weighted: bool = False, rows: int = 20, bounds_check_mode: int = 0) -> torch.nn.Module:
-    """Three tables with rows of all widths, one with a remap; one pools by mean unless weighted."""
+def dlrm(weighted: bool = False, rows: int = 20, bounds_check_mode: int = 0, coded: bool = False) -> torch.nn.Module:
+    """Three tables with rows of all widths, or coded ones, one with a remap; one pools by mean unless weighted."""
     dim, g = 8, torch.Generator().manual_seed(0)
     tables = [
         EmbeddingBagConfig(
@@ -46,8 +48,16 @@ def dlrm(weighted: bool = False, rows: int = 20, bounds_check_mode: int = 0) -> 
             p += 0.1 * torch.randn(p.shape, generator=g)
     packed = mpe.emit_inference_model(model)
     collection = packed.sparse_arch.embedding_bag_collection
+    packed_tables = collection.packed_tables()
+    if coded:
+        packed_tables = pack_tables(
+            [
+                coded_table(t.name, *random_coding(k, t.num_embeddings, dim, (8, 0, 5)[k], remap=t.name == "t2"))
+                for k, t in enumerate(tables)
+            ]
+        )
     packed.sparse_arch.embedding_bag_collection = mpe.PackedEmbeddingBagCollection(
-        collection.embedding_bag_configs(), collection.packed_tables(), weighted, bounds_check_mode=bounds_check_mode
+        collection.embedding_bag_configs(), packed_tables, weighted, bounds_check_mode=bounds_check_mode
     )
     return packed
 

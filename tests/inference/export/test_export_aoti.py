@@ -54,6 +54,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 @pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Transform-coded tables, weights inside, int32."""
+    package, model = tmp_path_factory.mktemp("coded") / "m.pt2", dlrm(rows=ROWS, coded=True)
+    mpe.export(model, arguments(batch(4, torch.int32)), package)
+    return Compiled(package, model, False, torch.int32, [str(library.LIBRARY)])
+
+
+@pytest.fixture(scope="module")
 def fbgemm(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Weights inside, int32, weighted."""
     package, model = tmp_path_factory.mktemp("fbgemm") / "m.pt2", dlrm(weighted=True, rows=ROWS)
@@ -79,7 +87,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "serve"
 
 
-@pytest.fixture(params=["packed", "fbgemm"])
+@pytest.fixture(params=["packed", "coded", "fbgemm"])
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     result: Compiled = request.getfixturevalue(request.param)
     return result
