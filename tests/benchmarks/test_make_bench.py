@@ -8,6 +8,9 @@ _ROOT = Path(__file__).parents[2]
 _SCRIPT = re.compile(r"benchmarks/(\w+)\.py(?: +([^`\n]*))?")
 
 
+_LOGS = ("CIAO=ciao.csv", "JOURNEY=data")
+
+
 def _commands(*variables: str) -> list[tuple[str, str]]:
     """Scripts and their arguments, as make would run them."""
     planned = subprocess.run(
@@ -27,7 +30,7 @@ def _scripts() -> set[str]:
 
 
 def test_every_benchmark_is_run_and_every_cited_one_is_there() -> None:
-    ran = {script for script, _ in _commands("CIAO=ciao.csv")}
+    ran = {script for script, _ in _commands(*_LOGS)}
     assert ran == _scripts()
     for page in (_ROOT / "README.md", _ROOT / "CONTRIBUTING.md", *(_ROOT / "docs").glob("*.md")):
         cited = {script for script, _ in _SCRIPT.findall(page.read_text())}
@@ -35,7 +38,7 @@ def test_every_benchmark_is_run_and_every_cited_one_is_there() -> None:
 
 
 def test_cited_arguments_are_those_that_are_run() -> None:
-    ran = _commands("CIAO=ciao.csv")
+    ran = _commands(*_LOGS)
     text = (_ROOT / "docs" / "results.md").read_text()
     for script, cited in re.findall(r"`python\s+benchmarks/(\w+)\.py\s*([^`]*)`", text):
         assert any(name == script and set(cited.split()) <= set(arguments.split()) for name, arguments in ran), (
@@ -44,7 +47,7 @@ def test_cited_arguments_are_those_that_are_run() -> None:
 
 
 def test_a_quick_run_records_nothing_and_is_quick_everywhere() -> None:
-    for script, arguments in _commands("BENCH_ARGS=--quick", "CIAO=ciao.csv"):
+    for script, arguments in _commands("BENCH_ARGS=--quick", *_LOGS):
         assert "--json" not in arguments
         assert "--quick" in arguments or script == "communication", f"{script} would run in full"
 
@@ -57,9 +60,16 @@ def test_records_are_those_that_pages_are_made_from() -> None:
         return [record[1] for record in found if record]
 
     committed = {file.name.partition(".")[0] for file in (_ROOT / "benchmarks" / "results").glob("*.json")}
-    everything = records("CIAO=ciao.csv")
+    everything = records(*_LOGS)
     assert len(everything) == len(set(everything)) and committed <= set(everything)
-    assert set(records("CIAO=ciao.csv", "BENCH_MACHINE=other")) == {f"{record}.other" for record in everything}
+    assert set(records(*_LOGS, "BENCH_MACHINE=other")) == {f"{record}.other" for record in everything}
     # Without Ciao's ratings the record of cache.py would lack its AUC.
-    assert set(everything) - set(records()) == {"accuracy_ciao", "convert_ciao", "cache"}
+    assert set(everything) - set(records()) == {
+        "accuracy_ciao",
+        "compress_ciao",
+        "compress_ciao_64",
+        "compress_journey",
+        "convert_ciao",
+        "cache",
+    }
     assert "cache" in {script for script, _ in _commands()}

@@ -81,9 +81,9 @@ def compress(
         mpe.save(coded, "artifact")
     """
     source = get_unwrapped_module(model)
-    collections = _collections(source)
+    collections = collections_of(source)
     group, device = ranks_of(source)
-    to_code = [CollectionToCode(_configs(m), owned_rows(m), m.is_weighted(), device) for m in collections]
+    to_code = [CollectionToCode(configs_of(m), owned_rows(m), m.is_weighted(), device) for m in collections]
     coded = code_collections(
         to_code,
         counts,
@@ -109,7 +109,12 @@ def compress(
     return compressed
 
 
-def _collections(source: nn.Module) -> list[Collection]:
+def collections_of(source: nn.Module) -> list[Collection]:
+    """The collections of a model, of which each has fp32 rows.
+
+    Raises:
+        ValueError: if there is none, or its rows are trained at other bit-widths.
+    """
     found = [m for m in source.modules() if isinstance(m, EmbeddingBagCollection | ShardedEmbeddingBagCollection)]
     if not found:
         raise ValueError(f"{type(source).__name__} holds no EmbeddingBagCollection")
@@ -117,16 +122,17 @@ def _collections(source: nn.Module) -> list[Collection]:
         ours = isinstance(module, MPEEmbeddingBagCollection | ShardedMPEEmbeddingBagCollection)
         if ours and module.phase is not Phase.PLAIN:
             raise ValueError(
-                f"tables {', '.join(c.name for c in _configs(module))} are in the {module.phase.value} phase: compress "
-                "takes rows that were trained as fp32; pack these with emit_inference_model"
+                f"tables {', '.join(c.name for c in configs_of(module))} are in the {module.phase.value} phase: "
+                "compress takes rows that were trained as fp32; pack these with emit_inference_model"
             )
     return found
 
 
-def _configs(collection: Collection) -> list[EmbeddingBagConfig]:
+def configs_of(collection: Collection) -> list[EmbeddingBagConfig]:
+    """Its tables, sharded or not."""
     if isinstance(collection, ShardedEmbeddingBagCollection):
         return tables_of_sharded(collection)
-    configs: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
+    configs: list[EmbeddingBagConfig] = collection.embedding_bagconfigs_of()
     return configs
 
 
