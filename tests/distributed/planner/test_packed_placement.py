@@ -1,5 +1,7 @@
 """Where packed tables go: exact bytes, the fewest devices, nothing lost."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torchrec.distributed.planner.types import PlannerError
@@ -55,14 +57,18 @@ def test_exactly_fitting_one_device_is_replicated_and_one_byte_less_is_not() -> 
 
 
 def check(placement: PackedPlacement, plan: PrecisionPlan) -> None:
+    check_tables(placement, plan.tables)
+
+
+def check_tables(placement: PackedPlacement, tables: Mapping[str, TableBitWidths | TableCoding]) -> None:
     """Every row of every table once, and on each device what packing its shards together really takes."""
-    rows = {name: torch.zeros(table.num_embeddings, dtype=torch.int64) for name, table in plan.tables.items()}
+    rows = {name: torch.zeros(table.num_embeddings, dtype=torch.int64) for name, table in tables.items()}
     for shard in placement.shards:
         rows[shard.table][shard.first_row : shard.first_row + shard.num_rows] += 1
     assert all(bool((count == 1).all()) for count in rows.values())
     for device, nbytes in enumerate(placement.device_bytes):
         own = {
-            f"{s.table}/{s.first_row}": widths_of_rows(plan.tables[s.table], s.first_row, s.first_row + s.num_rows)
+            f"{s.table}/{s.first_row}": widths_of_rows(tables[s.table], s.first_row, s.first_row + s.num_rows)
             for s in placement.shards
             if s.device == device
         }
@@ -76,6 +82,16 @@ def test_fewest_devices_and_exact_bytes(devices: int) -> None:
     placement = place_packed(PLAN, available, 8)
     check(placement, PLAN)
     assert placement.num_devices == -(-total // available) == devices
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_codings_are_placed_by_their_bytes(devices: int) -> None:
+    codings = {f"t{k}": random_coding(k, 9_000, 16, 8, remap=k == 1)[0] for k in range(3)}
+    total = packed_bytes(codings).total
+    planner = MPEShardingPlanner(parse_topology("8xH100"), stats=[], debug=False)
+    placement = planner.replan(codings, available=total if devices == 1 else int(total / (devices - 0.5)))
+    check_tables(placement, codings)
+    assert (placement.num_devices, placement.total_bytes) == (devices, total)
 
 
 def test_whole_tables_where_they_fit() -> None:

@@ -18,11 +18,13 @@ import torch
 
 import torchrec_mpe as mpe
 from tests.inference.liars import TABLES, emitted
-from tests.inference.models import kjt
+from tests.inference.models import kjt, tables
 from tests.ops.every_backend import CPU, on
+from tests.packing.random_codings import coded_table, random_coding
 from torchrec_mpe.inference.artifact.manifest import manifest_sha256
 from torchrec_mpe.inference.artifact.tensor_files import DTYPES
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
+from torchrec_mpe.packing.pack import pack_tables
 
 # What a load of these files of a few KiB may take on top of the process: the loader's own code and caches.
 GROWTH_KIB = 64 << 10
@@ -183,11 +185,17 @@ def look_up(model: torch.nn.Module, backend: str) -> int:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Files]:
-    """Of every kind of directory."""
+    """Of every kind of directory, and of coded tables."""
     made: list[Files] = []
-    for k, directory in enumerate(({"t1": "remap"}, {"t1": "bitmap", "t3": "nibble"})):
+    models = [emitted({"t1": "remap"}), emitted({"t1": "bitmap", "t3": "nibble"}), emitted()]
+    coded = [
+        coded_table(t.name, *random_coding(k, t.num_embeddings, t.embedding_dim, 4, remap=k == 0))
+        for k, t in enumerate(tables())
+    ]
+    models[-1].sparse["ebc"] = mpe.PackedEmbeddingBagCollection(tables(), pack_tables(coded))
+    for k, model in enumerate(models):
         folder = tmp_path_factory.mktemp("artifact") / str(k)
-        mpe.save(emitted(directory), folder, metadata={"a": [1, {"b": "c"}]})
+        mpe.save(model, folder, metadata={"a": [1, {"b": "c"}]})
         made.append({file.name: file.read_bytes() for file in folder.iterdir()})
     return made
 

@@ -1,7 +1,7 @@
 """TorchRec's sharding planner for tables trained and served at mixed precision."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -26,13 +26,14 @@ from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingPlan
 
 from torchrec_mpe.distributed.planner.constraints import complete_constraints, without_needless_row_wise
 from torchrec_mpe.distributed.planner.insufficient_memory import Asked, explain
-from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed
+from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed, place_tables
 from torchrec_mpe.distributed.planner.perf_estimator import MPEPerfEstimator
 from torchrec_mpe.distributed.planner.plan_report import PlanReport
 from torchrec_mpe.distributed.planner.shard_size_proposer import ShardSizeProposer, default_proposers
 from torchrec_mpe.distributed.planner.storage_estimator import MPEStorageEstimator
 from torchrec_mpe.distributed.planner.storage_reservation import MPEStorageReservation
 from torchrec_mpe.modules.embedding_bag_collection import Phase
+from torchrec_mpe.packing.table_coding import TableCoding
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.upstream.planner import SearchingPlanner, reserved_share
@@ -283,11 +284,13 @@ class MPEShardingPlanner(SearchingPlanner):
             raise RuntimeError("there is no plan to report on: call plan() first, on this process")
         return PlanReport.of(best, [estimator.shard_bytes(option) for option in best], reserved)
 
-    def replan(self, precision: PrecisionPlan, *, available: int | None = None) -> PackedPlacement:
+    def replan(
+        self, precision: PrecisionPlan | Mapping[str, TableCoding], *, available: int | None = None
+    ) -> PackedPlacement:
         """Where the packed tables go, on as few devices as hold them.
 
         Args:
-            precision (PrecisionPlan): bit-widths of every table.
+            precision (PrecisionPlan | Mapping[str, TableCoding]): bit-widths or coding of every table.
             available (Optional[int]): bytes of a device for packed tables; by default what the reservation's percentage
                 leaves of the smallest device of the topology.
 
@@ -299,4 +302,6 @@ class MPEShardingPlanner(SearchingPlanner):
             cpu = self.topology.compute_device == "cpu"
             smallest = min(device.storage.ddr if cpu else device.storage.hbm for device in devices)
             available = int(smallest * (1 - reserved_share(self.storage_reservation)))
-        return place_packed(precision, available, self.topology.world_size)
+        if isinstance(precision, PrecisionPlan):
+            return place_packed(precision, available, self.topology.world_size)
+        return place_tables(precision, available, self.topology.world_size, learned_zero_rows=True)
