@@ -83,3 +83,13 @@ def test_neighbours_without_bits_become_one_run() -> None:
     transformed = table.choose(1e6 * energy, 1)
     assert [(r.rows, r.row_bits, r.plain) for r in table.runs(transformed).runs] == [(370, 0, False), (30, 0, True)]
     assert torch.equal(table.zero_row, table.transform.mean.float())
+
+
+def test_the_first_rows_of_a_group_have_more_of_its_error() -> None:
+    table = trained(5000, 8)
+    candidates = TableCandidates(table, 8)
+    group = candidates.choose(1e-9).groups[0]
+    weights = table.row_weights(slice(0, group.stop))
+    share = candidates.weight_share(group, 2)
+    assert abs(share - float(weights[:2].sum() / weights.sum())) < 1e-9 and share > 2 / group.rows
+    assert group.part(0, 2, share).error + group.part(2, group.stop, 1 - share).error == pytest.approx(group.error)

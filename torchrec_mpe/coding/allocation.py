@@ -116,7 +116,9 @@ def _fill(
         def fits(rows: int, t: int = t, old: GroupChoice = old, new: GroupChoice = new) -> TableChoice | None:
             """The table with the first rows of the group coded anew, if the budget allows it."""
             middle = old.first + rows
-            split = [new.part(old.first, middle), *([old.part(middle, old.stop)] if middle < old.stop else [])]
+            share = tables[t].weight_share(old, middle)
+            split = [new.part(old.first, middle, share)]
+            split += [old.part(middle, old.stop, 1 - share)] if middle < old.stop else []
             groups = (part for group in choices[t].groups for part in (split if group is old else [group]))
             choice = TableChoice(choices[t].components, tuple(groups))
             size = tables[t].runs(choice).sizes

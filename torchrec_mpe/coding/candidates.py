@@ -58,10 +58,9 @@ class GroupChoice:
         """Whether kind and widths are the same."""
         return self.plain_bits == other.plain_bits and self.block_bits == other.block_bits
 
-    def part(self, first: int, stop: int) -> "GroupChoice":
-        """The same coding for some of the rows."""
-        error = self.error * (stop - first) / self.rows
-        return GroupChoice(first, stop, self.group, self.plain_bits, self.block_bits, error)
+    def part(self, first: int, stop: int, share: float) -> "GroupChoice":
+        """The same coding for some of the rows, which have this share of the error."""
+        return GroupChoice(first, stop, self.group, self.plain_bits, self.block_bits, share * self.error)
 
     def coding(self, components: int) -> RowCoding:
         """With levels."""
@@ -288,6 +287,14 @@ class TableCandidates:
             runs.append(CodedRun(before + unseen, 0, 0, True))
         zero_row = any(run.plain and not run.row_bits for run in runs)
         return TableRuns(tuple(runs), self.rows, self.dim, choice.components, self.order is not None, zero_row)
+
+    def weight_share(self, group: GroupChoice, stop: int) -> float:
+        """The part of a group's weight that its rows before ``stop`` have, as the sample shows it."""
+        sample = self._sample.between(group.first, group.stop)
+        total = float(sample.weights.sum())
+        before = sample.weights[sample.places < stop]
+        by_rows = (stop - group.first) / group.rows
+        return float(before.sum()) / total if len(before) and total > 0 else by_rows
 
     def group_bytes(self, group: GroupChoice) -> float:
         """Bytes of a group's rows and metadata, without gaps."""
