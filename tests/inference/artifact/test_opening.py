@@ -112,7 +112,7 @@ AT_OPEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other format": (lambda f: edit_manifest(f, lambda d: d.update(format="x")), "is not an artifact's manifest"),
     "later version": (lambda f: edit_manifest(f, lambda d: d.update(version=9)), "of version 9, this release reads"),
     "old version": (
-        lambda f: edit_manifest(f, lambda d: d.update(version=3)),
+        lambda f: edit_manifest(f, lambda d: d.update(version=4)),
         "of version 4, this release reads version 5: emit the model again",
     ),
     "bit of the manifest": (lambda f: edit_manifest(f, lambda d: d["metadata"].update(a=1), sign=False), "its digest"),
