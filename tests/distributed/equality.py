@@ -337,7 +337,7 @@ def on_two_ranks_emitted(case: Case) -> dict[str, Any]:
 
 def packed_buffers(model: nn.Module) -> dict[str, Any]:
     emitted = mpe.emit_inference_model(model)
-    return {name: buffer.numpy() for name, buffer in emitted.ebc.named_buffers()}
+    return {name: buffer.view(torch.uint8).numpy() for name, buffer in emitted.ebc.named_buffers()}
 
 
 def in_one_process(case: Case, emit: bool = False, world_size: int = 2, batch: Batch = local_batch) -> dict[str, Any]:

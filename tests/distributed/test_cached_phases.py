@@ -61,7 +61,9 @@ def train(model: DistributedModelParallel, case: Case, first: int) -> list[np.nd
 
 
 def packed(model: DistributedModelParallel) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: buffer.numpy() for name, buffer in mpe.emit_inference_model(model).ebc.named_buffers()}
+    return {
+        name: buffer.view(torch.uint8).numpy() for name, buffer in mpe.emit_inference_model(model).ebc.named_buffers()
+    }
 
 
 def phases(model: DistributedModelParallel, other: DistributedModelParallel, case: Case) -> None:

@@ -59,7 +59,7 @@ def _sharded() -> tuple[int, str]:
 def _digest(emitted: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in emitted.ebc.packed_tables().tensors().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
