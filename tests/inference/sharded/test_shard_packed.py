@@ -179,6 +179,21 @@ def test_wrong_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
                     verify_sharded(sharded, ebc)
 
 
+@pytest.mark.parametrize("buffer", ["levels", "bases", "weights"])
+def test_wrong_values_of_coded_tables_are_found(buffer: str) -> None:
+    for seed, how in ((1, "tables"), (2, "rows"), (3, "rows")):
+        ebc, dense = collection(seed, coded=True)
+        shards = cut(dense, 2, how)
+        verify_sharded(ShardedPackedEmbeddingBagCollection(ebc, shards, [CPU] * 2, CPU), ebc)
+        for k in (0, 1):
+            sharded = ShardedPackedEmbeddingBagCollection(ebc, shards, [CPU] * 2, CPU)
+            tbe = sharded.tbe.lookups[k].tbe
+            values = getattr(tbe, buffer)
+            setattr(tbe, buffer, values ^ 1 if buffer == "weights" else values * (1 + 2**-6))
+            with pytest.raises(RuntimeError, match=r"table t\d, feature f\d: sharded and unsharded embeddings"):
+                verify_sharded(sharded, ebc)
+
+
 def test_a_probe_of_ones_own_is_used() -> None:
     ebc, dense = collection(1)
     probe = KeyedJaggedTensor.from_lengths_sync(
