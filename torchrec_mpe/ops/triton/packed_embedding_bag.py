@@ -200,7 +200,8 @@ def _lookup_kernel(
         row_words = words + (row_start >> 6)
         bit = (row_start & 63).to(tl.int32)
         if CODED:
-            sums = add_components(sums, row_words, bit, coding, run, weight, of_runs, COMPUTE, LANES)
+            if basis_start >= 0:
+                sums = add_components(sums, row_words, bit, coding, run, weight, of_runs, COMPUTE, LANES)
             step = tl.where(basis_start >= 0, of_runs + run * 32, alpha + scale_set * 9 + bits)
             step_size = tl.load(step, mask=bits > 0, other=0.0).to(COMPUTE)
         else:
