@@ -147,7 +147,7 @@ ifeq ($(CIAO),)
 		"columns user,item,category,rating"
 else
 	$(call bench_run,accuracy) --ciao $(CIAO) $(call bench_json,accuracy_ciao)
-	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 $(call bench_json,compress_ciao)
+	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --rivals $(call bench_json,compress_ciao)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --dim 64 $(call bench_json,compress_ciao_64)
 	$(call bench_run,convert) --ciao $(CIAO) $(call bench_json,convert_ciao)
 	$(call bench_run,cache) --data $(CIAO) $(call bench_json,cache)

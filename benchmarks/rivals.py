@@ -61,7 +61,10 @@ def product_quantization(ratio: float) -> Rival:
 
     Every table gets the number of codes and of bits whose bytes come nearest below its share.
     """
-    import faiss  # type: ignore[import-not-found]
+    try:
+        import faiss  # type: ignore[import-not-found]
+    except ImportError:
+        raise SystemExit("rivals: product quantization is faiss's: pip install faiss-cpu") from None
 
     def quantize(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         read: dict[str, Tensor] = {}
