@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import torchrec_mpe as mpe
-from tests.inference.models import Model, kjt, retrained
+from tests.inference.models import Model, kjt, retrained, tables
+from tests.packing.random_codings import coded_table, random_coding
 from tests.threads import repeat_in_threads
 from torchrec_mpe.inference.artifact.save_load import load, save
 from torchrec_mpe.inference.hot_swap import ServedModel
+from torchrec_mpe.packing.pack import pack_tables
 
 
 class EmbeddingsAndLogits(Model):
@@ -39,6 +41,23 @@ def model_of(version: int) -> nn.Module:
         for parameter in trained.parameters():
             parameter += 0.01 * version
     return mpe.emit_inference_model(trained).eval()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_model_with_coded_tables_takes_over(tmp_path: Path, mmap: bool) -> None:
+    features, model, coded = kjt(), model_of(0), model_of(0)
+    packed = pack_tables(
+        [
+            coded_table(t.name, *random_coding(k, t.num_embeddings, t.embedding_dim, 4, remap=k == 0))
+            for k, t in enumerate(tables())
+        ]
+    )
+    coded.sparse["ebc"] = mpe.PackedEmbeddingBagCollection(tables(), packed)
+    want = coded(features)
+    save(coded, tmp_path / "coded")
+    served = ServedModel(model, probe=(features,))
+    assert served.swap(load(tmp_path / "coded", EmbeddingsAndLogits(retrained()), mmap=mmap)).wait(30)
+    assert is_one(served(features), want) and not is_one(model(features), want)
 
 
 @pytest.mark.supports("hot swap under load, no failed request", "CPU")
