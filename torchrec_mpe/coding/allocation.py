@@ -13,8 +13,8 @@ _BISECTIONS = 36
 _MERGE_ROUNDS = 2
 
 
-def allocate(tables: Sequence[TableCandidates], budget: int) -> list[TableChoice]:
-    """A coding of every table, in at most ``budget`` bytes together.
+def allocate(tables: Sequence[TableCandidates], budget: int, reserved: int = 0) -> list[TableChoice]:
+    """A coding of every table, in at most ``budget`` bytes together, of which ``reserved`` are for something else.
 
     One price of a byte for all tables (Lagrange's multiplier) finds kind, widths and components, and at that price
     neighbouring groups are merged. What the last step of the price leaves over is spent on the groups that gain most a
@@ -25,11 +25,13 @@ def allocate(tables: Sequence[TableCandidates], budget: int) -> list[TableChoice
     """
     prices = _Prices.of(tables)
     smallest = _bytes(tables, [t.choose(prices.highest) for t in tables])
+    budget -= reserved
     if smallest > budget:
         fp32 = sum(4 * t.rows * t.dim for t in tables)
+        smallest += reserved
         raise ValueError(
-            f"a budget of {budget:,} bytes cannot be met: without any bits the tables take {smallest:,} bytes "
-            f"({fp32 / smallest:.1f}x)"
+            f"a budget of {budget + reserved:,} bytes cannot be met: without any bits the tables take {smallest:,} "
+            f"bytes ({fp32 / smallest:.1f}x)"
         )
     for _ in range(_MERGE_ROUNDS):
         met = _meet(tables, budget, prices)

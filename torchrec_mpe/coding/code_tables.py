@@ -51,7 +51,12 @@ class CodedTable:
 
 
 def code_tables(
-    tables: Sequence[TableToCode], bytes: int, *, max_components: int | None = None, progress: bool = False
+    tables: Sequence[TableToCode],
+    bytes: int,
+    *,
+    reserved: int = 0,
+    max_components: int | None = None,
+    progress: bool = False,
 ) -> dict[str, CodedTable]:
     """Choose how to code every row of some tables, to the least expected loss in a number of bytes.
 
@@ -62,6 +67,7 @@ def code_tables(
     Args:
         tables (Sequence[TableToCode]): of one collection, in its order; on every rank the same ones.
         bytes (int): of the collection, with all metadata.
+        reserved (int): of these, for what is not this collection.
         max_components (Optional[int]): K of a table at most; None: 16 up to a dimension of 32, else 8, which keeps
             the product of components and basis small beside the lookup.
         progress (bool): show a progress bar.
@@ -88,7 +94,7 @@ def code_tables(
     for table in tqdm(tables, desc="measuring tables", unit="table", disable=not progress):
         default = MAX_COMPONENTS if table.embedding_dim <= _SMALL_DIM else _FEW_COMPONENTS
         candidates.append(TableCandidates(table, default if max_components is None else max_components))
-    choices = allocate(candidates, bytes)
+    choices = allocate(candidates, bytes, reserved)
     return {c.name: _coded_table(c, choice) for c, choice in zip(candidates, choices, strict=True)}
 
 

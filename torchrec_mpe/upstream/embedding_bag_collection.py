@@ -24,6 +24,13 @@ def tables_of_sharded(collection: ShardedEmbeddingBagCollection) -> list[Embeddi
     return tables
 
 
+def is_weighted(collection: EmbeddingBagCollection | ShardedEmbeddingBagCollection) -> bool:
+    """Whether a collection's features carry per-sample weights."""
+    sharded = isinstance(collection, ShardedEmbeddingBagCollection)
+    weighted: bool = collection._is_weighted if sharded else collection.is_weighted()
+    return weighted
+
+
 def group_of_sharded(module: ShardedEmbeddingModule) -> dist.ProcessGroup | None:
     """The ranks that a module's tables are sharded over."""
     group: dist.ProcessGroup | None = module._env.process_group

@@ -1,11 +1,14 @@
 """The tables of collections coded and packed, wherever their rows come from."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
@@ -20,9 +23,12 @@ from torchrec_mpe.packing.pack_coded import CodedTableToPack
 from torchrec_mpe.packing.table_coding import TableCoding
 from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
+from torchrec_mpe.precision.frequency_order import counts_sha256
 
 _TOLERANCE = 1e-5  # of what a table's rows can reach; float32's rounding stays far below, a wrong code far above
-_SECOND_COLLECTION = END_PADDING + 4  # bytes that a collection has once: the end of its weights, and of run_offsets
+_SECOND_COLLECTION = (
+    2 * END_PADDING + 4
+)  # bytes of a collection, at most: weights' end, its alignment, run_offsets' end
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,15 @@ class CollectionToCode:
         configs (Sequence[EmbeddingBagConfig]): in its order.
         rows (Mapping[str, OwnedRows]): by table.
         is_weighted (bool): whether features carry per-sample weights.
-        device (torch.device): where the packed collection goes.
+        device (torch.device): where the packed collection goes, and the group's collectives work.
+        group (Optional[ProcessGroup]): of the ranks that own the rows; alone if None.
     """
 
     configs: Sequence[EmbeddingBagConfig]
     rows: Mapping[str, OwnedRows]
     is_weighted: bool
     device: torch.device = torch.device("cpu")  # noqa: RUF009  (immutable)
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class CodedCollections:
     Attributes:
         packed (Sequence[PackedEmbeddingBagCollection]): of each, in order; rows without bits read the mean row.
         summaries (Mapping[str, TableSummary]): by table.
-        unseen_means (Mapping[str, Tensor]): by table that has rows without lookups, float32 [D]: their mean.
+        unseen_means (Mapping[str, Tensor]): by table, of which rows without lookups and no others have no bits, float32
+            [D]: their mean.
     """
 
     packed: Sequence[PackedEmbeddingBagCollection]
@@ -74,10 +83,21 @@ def code_collections(
         for collection in collections
         for config in collection.configs
     ]
-    budget = _budget(tables, ratio, bytes) - _SECOND_COLLECTION * (len(collections) - 1)
-    coded = code_tables(tables, budget, max_components=max_components, progress=progress)
-    packed = [_pack(collection, {n: c.coding for n, c in coded.items()}, output_dtype) for collection in collections]
-    means = {table.name: mean for table in tables if (mean := _mean_of_unseen(table)) is not None}
+    budget = _budget(tables, ratio, bytes)
+    group, device = next(((c.group, c.device) for c in collections), (None, torch.device("cpu")))
+    _refuse_differences(tables, budget, group, device)
+    coded = code_tables(
+        tables,
+        budget,
+        reserved=_SECOND_COLLECTION * (len(collections) - 1),
+        max_components=max_components,
+        progress=progress,
+    )
+    codings = _of_first_rank({name: found.coding for name, found in coded.items()}, group, device)
+    packed = [_pack(collection, codings, output_dtype) for collection in collections]
+    # Where rows with lookups have no bits either, all read their mean.
+    only_unseen = [table for table in tables if coded[table.name].summary.zero_rows == 0]
+    means = {table.name: mean for table in only_unseen if (mean := _mean_of_unseen(table)) is not None}
     return CodedCollections(packed, {name: found.summary for name, found in coded.items()}, means)
 
 
@@ -92,6 +112,37 @@ def _budget(tables: Sequence[TableToCode], ratio: float | None, bytes: int | Non
     return int(sum(4 * t.num_embeddings * t.embedding_dim for t in tables) / ratio)
 
 
+def _refuse_differences(
+    tables: Sequence[TableToCode], budget: int, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Ranks with other counts would wait for sums of other sizes, or code their rows for themselves."""
+    if group is None or dist.get_world_size(group) == 1:
+        return
+    digest = hashlib.sha256(f"{budget} {counts_sha256({table.name: table.counts for table in tables})}".encode())
+    for table in tables:
+        for tensor in (table.curvature, *([] if table.weights is None else [table.weights])):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    number = int(digest.hexdigest()[:15], 16)
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MIN, group=group)
+    if int(ends[0]) != -int(ends[1]):
+        raise ValueError(
+            "the ranks were given different counts, curvatures or budgets: add up the counts of all ranks with "
+            "FrequencyCounter.merge_across_ranks()"
+        )
+
+
+def _of_first_rank(
+    codings: dict[str, TableCoding], group: dist.ProcessGroup | None, device: torch.device
+) -> dict[str, TableCoding]:
+    """The first rank's codings on all: those of another processor may differ in a last bit. Orders are not sent."""
+    if group is None or dist.get_world_size(group) == 1:
+        return codings
+    found: list[Any] = [{name: replace(coding, order=None) for name, coding in codings.items()}]
+    dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group, device=device)
+    return {name: replace(coding, order=codings[name].order) for name, coding in found[0].items()}
+
+
 def _to_code(
     config: EmbeddingBagConfig,
     rows: OwnedRows,
@@ -100,8 +151,9 @@ def _to_code(
     *,
     weighted: bool,
 ) -> TableToCode:
-    weights = counts.squared_weights.get(config.name) if isinstance(counts, FrequencyCounter) else None
-    if weights is None and (weighted or config.pooling == PoolingType.MEAN):
+    differ = weighted or config.pooling == PoolingType.MEAN
+    weights = counts.squared_weights.get(config.name) if differ and isinstance(counts, FrequencyCounter) else None
+    if weights is None and differ:
         raise ValueError(
             f"table {config.name} is looked up with {'weights' if weighted else 'MEAN pooling'}: its counts must be a "
             "FrequencyCounter that has counted such bags, for what a row's error weighs"
@@ -139,8 +191,11 @@ def _pack(
 def _check_rows(packed: PackedEmbeddingBagCollection, name: str, coding: TableCoding, rows: OwnedRows) -> None:
     """Compare what the lookup reads of the first and last row of each group with what their codes stand for."""
     places = torch.tensor([place for pair in pairwise(coding.bounds) for place in (pair[0], pair[1] - 1)])
-    ids = places if coding.order is None else coding.order.cpu().long().argsort()[places]
-    distinct = ids.unique()
+    distinct = places.unique()
+    if coding.order is not None:
+        wanted = torch.zeros(coding.num_embeddings, dtype=torch.bool)
+        wanted[distinct] = True
+        distinct = wanted[coding.order.cpu()].nonzero().squeeze(1)
     trained = rows.sum(rows.rows(distinct))
     want = torch.cat(
         [coded_rows(row[None], coding, i, table=name) for i, row in zip(distinct.tolist(), trained, strict=True)]
@@ -152,7 +207,7 @@ def _check_rows(packed: PackedEmbeddingBagCollection, name: str, coding: TableCo
     weights = torch.ones(len(distinct), device=device) if packed.is_weighted() else None
     read = packed.tbe.lookup(slice(feature, feature + 1), distinct.to(device), offsets, weights).cpu()
     reach = float(want.abs().max()) + float(coding.mean.abs().max())
-    wrong = ((read - want).abs().amax(1) > _TOLERANCE * reach).nonzero()
+    wrong = (~((read - want).abs().amax(1) <= _TOLERANCE * reach)).nonzero()  # NaN is wrong
     if wrong.numel():
         row = int(distinct[int(wrong[0])])
         raise RuntimeError(f"table {name}: the lookup reads row {row} as something else than its codes stand for")

@@ -17,7 +17,7 @@ from torchrec_mpe.inference.compress.evaluated import mean_over_ranks, ranks_of
 from torchrec_mpe.inference.compress.rows import Collection, owned_rows
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
-from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
+from torchrec_mpe.upstream.embedding_bag_collection import is_weighted, tables_of_sharded
 
 Unseen = Literal["mean", "model"]
 """What rows without lookups read: the mean of the others by their lookups, or the mean of the model's own such rows."""
@@ -71,7 +71,8 @@ def compress(
         KeyError: naming the table, if counts or curvature lack it.
         RuntimeError: naming table and row, if the lookup reads something else than a row's codes stand for.
         ValueError: if there is no collection; naming table and row, if a row is not finite; naming the table, if its
-            counts or curvature do not fit; or saying how many bytes are needed, if the budget is too small.
+            counts or curvature do not fit; if ranks were given different ones; or saying how many bytes are needed, if
+            the budget is too small.
 
     Example::
 
@@ -82,8 +83,8 @@ def compress(
     """
     source = get_unwrapped_module(model)
     collections = collections_of(source)
-    group, device = ranks_of(source)
-    to_code = [CollectionToCode(configs_of(m), owned_rows(m), m.is_weighted(), device) for m in collections]
+    group, device = ranks_of(model)
+    to_code = [CollectionToCode(configs_of(m), owned_rows(m), is_weighted(m), device, group) for m in collections]
     coded = code_collections(
         to_code,
         counts,
@@ -132,7 +133,7 @@ def configs_of(collection: Collection) -> list[EmbeddingBagConfig]:
     """Its tables, sharded or not."""
     if isinstance(collection, ShardedEmbeddingBagCollection):
         return tables_of_sharded(collection)
-    configs: list[EmbeddingBagConfig] = collection.embedding_bagconfigs_of()
+    configs: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
     return configs
 
 
