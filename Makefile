@@ -140,6 +140,7 @@ bench: setup
 	$(call bench_run,export) $(call bench_json,export)
 	$(call bench_run,serve) $(call bench_json,serve)
 	$(call bench_run,accuracy) --generated $(call bench_json,accuracy_generated)
+	$(call bench_run,compress_accuracy) --generated --seeds 5 --ratios 100 200 500 $(call bench_json,compress_generated)
 	$(call bench_run,convert) --generated $(call bench_json,convert_generated)
 ifeq ($(CIAO),)
 	$(call bench_run,cache)
@@ -149,6 +150,7 @@ else
 	$(call bench_run,accuracy) --ciao $(CIAO) $(call bench_json,accuracy_ciao)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --rivals $(call bench_json,compress_ciao)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --dim 64 $(call bench_json,compress_ciao_64)
+	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --model dlrm --ratios 60 100 200 $(call bench_json,compress_ciao_dlrm)
 	$(call bench_run,convert) --ciao $(CIAO) $(call bench_json,convert_ciao)
 	$(call bench_run,cache) --data $(CIAO) $(call bench_json,cache)
 endif

@@ -46,6 +46,8 @@ FIGURES: Mapping[str, Callable[[Any], Figures]] = {
     "communication": communication.figures,
     "compress_ciao": compress.figures,
     "compress_ciao_64": compress.figures,
+    "compress_ciao_dlrm": compress.figures,
+    "compress_generated": compress.figures,
     "compress_journey": compress.figures,
     "lookup": lookup.figures,
     "prepare_data": prepare_data.figures,
