@@ -69,7 +69,7 @@ inline __m256 codes_of_block(const uint8_t* block, const WidthConstants& width) 
 template <int G>
 class Accumulator {
  public:
-  static constexpr bool kLongRows = G == 0;
+  static constexpr int kLines = G == 0 ? 0 : 2;  // that a row spans; 0: any number
   static constexpr bool kHasVariants = false;
 
   Accumulator(int dim, int blocks) : dim_(dim), blocks_(G == 0 ? blocks : G), memory_(G == 0 ? blocks * 8 : 0) {}
@@ -171,12 +171,15 @@ constexpr int kDecodedBytes = 24;  // from a transformed row's first byte to the
 // Adds up the components of transformed rows, in two halves of 8.
 class Decoder {
  public:
+  static constexpr bool kHasSpans = false;
+  static constexpr bool kIsCheap = false;
+
   struct Sum {
     __m256 halves[2];
   };
 
   // Without runs there is no transformed row.
-  Decoder(const PackedTable&, const CheckedRuns* runs)
+  Decoder(const CheckedRuns* runs, Span)
       : none_(runs == nullptr ? 0 : runs->none()), runs_(runs == nullptr ? 0 : none_ + 1) {
     for (int32_t k = 0; k < static_cast<int32_t>(runs_.size()); ++k) {
       Run& run = runs_[k];
@@ -205,6 +208,7 @@ class Decoder {
     return none_;
   }
 
+  template <Span>
   __attribute__((always_inline)) void add(Sum& sum, const uint8_t* weights, const Ring& ring, int slot) const {
     const Run& run = runs_[ring.run[slot]];
     const uint8_t* row = weights + ring.start[slot];
@@ -224,6 +228,11 @@ class Decoder {
                                             _mm256_castsi256_ps(load(run.offset)));
       sum.halves[half] = _mm256_fmadd_ps(weight, values, sum.halves[half]);
     }
+  }
+
+  __attribute__((always_inline)) static void join(Sum& sum, const Sum& other) {
+    sum.halves[0] = _mm256_add_ps(sum.halves[0], other.halves[0]);
+    sum.halves[1] = _mm256_add_ps(sum.halves[1], other.halves[1]);
   }
 
   __attribute__((always_inline)) static void store(const Sum& sum, float* components) {

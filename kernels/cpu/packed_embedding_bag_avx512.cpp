@@ -153,7 +153,7 @@ inline uint64_t low_bits(uint64_t word, int count) {
 template <int G>
 class Accumulator {
  public:
-  static constexpr bool kLongRows = G == 0 || G > 4;
+  static constexpr int kLines = G == 0 || G > 8 ? 0 : G > 4 ? 3 : 2;  // that a row spans; 0: any number
   static constexpr bool kHasVariants = true;
 
   template <Rows kRows>
@@ -217,12 +217,27 @@ class Accumulator {
 
   // Adds [components] @ basis.
   __attribute__((always_inline)) void add_components(Sum& sum, const float* components, const PackedTable& table) {
-    for (int c = 0; c < table.components; ++c) {
-      const float* basis = table.basis + static_cast<int64_t>(c) * dim_;
-      const __m512 component = _mm512_set1_ps(components[c]);
-      for_each(sum, [&](int k, __m512 before) {
-        return _mm512_fmadd_ps(component, _mm512_maskz_loadu_ps(elements_of(k), basis + 16 * k), before);
-      });
+    const auto add = [&](int c, int k, __m512 before) __attribute__((always_inline)) {
+      const float* basis = table.basis + static_cast<int64_t>(c) * dim_ + 16 * k;
+      // All elements are there but in the last vector.
+      const __m512 values = G > 0 && k + 1 < kVectors ? _mm512_loadu_ps(basis)
+                                                      : _mm512_maskz_loadu_ps(elements_of(k), basis);
+      return _mm512_fmadd_ps(_mm512_set1_ps(components[c]), values, before);
+    };
+    int c = 0;
+    if constexpr (G == 1) {
+      // Four sums, as each waits for its last addition.
+      __m512 others[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (; c + 4 <= table.components; c += 4) {
+        sum.vectors[0] = add(c, 0, sum.vectors[0]);
+        others[0] = add(c + 1, 0, others[0]);
+        others[1] = add(c + 2, 0, others[1]);
+        others[2] = add(c + 3, 0, others[2]);
+      }
+      sum.vectors[0] = _mm512_add_ps(_mm512_add_ps(sum.vectors[0], others[0]), _mm512_add_ps(others[1], others[2]));
+    }
+    for (; c < table.components; ++c) {
+      for_each(sum, [&](int k, __m512 before) __attribute__((always_inline)) { return add(c, k, before); });
     }
   }
 

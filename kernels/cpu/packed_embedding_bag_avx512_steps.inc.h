@@ -55,7 +55,8 @@ inline __mmask16 live_of(int left) {
 class Locator {
  public:
   // `runs` are the table's if it is coded, else null.
-  Locator(const PackedTable& table, const CheckedRuns* runs) : table_(table), runs_(runs) {
+  Locator(const PackedTable& table, const CheckedRuns* runs, Span span)
+      : table_(table), runs_(runs), word_(span == Span::Word) {
     coded_ = runs != nullptr && (runs->kinds() != Kinds::Plain || table.num_runs > kFewRuns);
     // A bitmap's ranks are as good as its lines: they are checked one by one.
     few_runs_ = (table.kind == Directory::Ranked || table.kind == Directory::Remap) && table.num_runs > 0 &&
@@ -70,6 +71,9 @@ class Locator {
     for (int32_t k = 1; few_runs_ && k < table.num_runs; ++k) {
       few_runs_ = table.run_starts[k] >= (k == 1 ? 0 : table.run_starts[k - 1]);
     }
+    if (coded_) {
+      has_plain_ = runs->kinds() != Kinds::Transformed;
+    }
     if (few_runs_) {
       check_runs();
     }
@@ -82,7 +86,7 @@ class Locator {
         steps_[k] = std::ldexp(steps_[k], (kinds_[k] & 15) - 7);
       }
     }
-    if (few_runs_ && coded_) {
+    if (few_runs_ && (coded_ || table.num_runs > kFewSteps)) {
       const int stride = table.num_runs <= 16 ? 1 : 4;
       for (int k = 0; k < kRunsInRegisters; ++k) {
         search_[k % stride * 16 + k / stride] = k == 0 ? 0 : k < table.num_runs ? table.run_starts[k] : INT32_MAX;
@@ -136,6 +140,7 @@ class Locator {
 
  private:
   static constexpr int kRunsInRegisters = 64;
+  static constexpr int kFewSteps = 6;             // runs that are found faster one by one than by halves
   static constexpr int32_t kIsTransformed = 256;  // in kinds_
 
   // What is known of each of few runs, and of the table's rows from that.
@@ -174,9 +179,10 @@ class Locator {
         in_line = false;
         continue;
       }
-      // No group of 64 elements of a row crosses a line if their 8 * bits bytes divide it.
+      // No group of 64 elements of a row crosses a line if their bytes divide it and what lies before them.
+      const int64_t group_bits = 8 * std::min(table.blocks, 8) * run.bits;
       in_line &= run.transformed ||
-                 ((run.bits & (run.bits - 1)) == 0 && (run.bit + first * row_bits) % (8 * kLineBytes) == 0);
+                 ((run.bits & (run.bits - 1)) == 0 && (run.bit + first * row_bits) % group_bits == 0);
       narrow &= run.bits < kMaxBits;
       far_ |= run.bit + end * row_bits > int64_t{UINT32_MAX};
       bits_[k] = run.bit;
@@ -207,9 +213,13 @@ class Locator {
     for (int i = 0; i < count; i += 16) {
       const __m512i rank = _mm512_load_si512(ring.rank + first + i);
       __m512i run = _mm512_setzero_si512();
-      for (int k = 1; k < table_.num_runs; ++k) {
-        const __m512i start = _mm512_permutexvar_epi32(_mm512_set1_epi32(k), starts);
-        run = _mm512_mask_add_epi32(run, _mm512_cmpge_epi32_mask(rank, start), run, _mm512_set1_epi32(1));
+      if (table_.num_runs > kFewSteps) {
+        run = runs_of<1>(rank);
+      } else {
+        for (int k = 1; k < table_.num_runs; ++k) {
+          const __m512i start = _mm512_permutexvar_epi32(_mm512_set1_epi32(k), starts);
+          run = _mm512_mask_add_epi32(run, _mm512_cmpge_epi32_mask(rank, start), run, _mm512_set1_epi32(1));
+        }
       }
       const __m512i bits = _mm512_permutexvar_epi32(run, widths);
       const __m512i row_bytes = _mm512_mullo_epi32(bits, _mm512_set1_epi32(table_.blocks));
@@ -243,28 +253,40 @@ class Locator {
       row_bits[i] = places.run[i] == runs_->none() ? 0 : run.row_bits;
       steps[i] = rows_ == Rows::Any ? run.step : std::ldexp(run.step, run.bits - 7);
     }
-    Located found{places.damaged, false};
+    bool mixed = false;
     for (int i = 0; i < count; i += 16) {
       const __m512i low = _mm512_load_si512(places.bit + i);
       const __m512i high = _mm512_load_si512(places.bit + i + 8);
       const __m512i bit = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)),
                                              _mm512_cvtepi64_epi32(high), 1);
-      found.mixed |= put_coded_16(weights == nullptr ? nullptr : weights + i, first + i, live_of(count - i),
-                                  {_mm512_load_si512(places.run + i), _mm512_load_si512(kinds + i),
-                                   _mm512_load_si512(row_bits + i), _mm512_load_ps(steps + i), bit,
-                                   _mm512_srli_epi64(low, 3), _mm512_srli_epi64(high, 3)},
-                                  ring);
+      const Coded rows{_mm512_load_si512(places.run + i), _mm512_load_si512(kinds + i),
+                       _mm512_load_si512(row_bits + i),   _mm512_load_ps(steps + i),
+                       bit,                               _mm512_srli_epi64(low, 3),
+                       _mm512_srli_epi64(high, 3)};
+      const float* of_rows = weights == nullptr ? nullptr : weights + i;
+      mixed |= word_ ? put_coded_16<true, true>(of_rows, first + i, live_of(count - i), rows, ring)
+                     : put_coded_16<true, false>(of_rows, first + i, live_of(count - i), rows, ring);
     }
-    return found;
+    return {places.damaged, mixed};
   }
 
   Located locate_coded(const float* weights, int first, int count, Ring& ring) const {
     if (!few_runs_) {
       return locate_checked(weights, first, count, ring);
     }
-    return table_.num_runs <= 16   ? locate_in_registers<1>(weights, first, count, ring)
-           : table_.num_runs <= 32 ? locate_in_registers<2>(weights, first, count, ring)
-                                   : locate_in_registers<4>(weights, first, count, ring);
+    return table_.num_runs <= 16   ? locate_kinds<1>(weights, first, count, ring)
+           : table_.num_runs <= 32 ? locate_kinds<2>(weights, first, count, ring)
+                                   : locate_kinds<4>(weights, first, count, ring);
+  }
+
+  template <int kRegisters>
+  __attribute__((always_inline)) Located locate_kinds(const float* weights, int first, int count, Ring& ring) const {
+    if (has_plain_) {
+      return word_ ? locate_in_registers<kRegisters, true, true>(weights, first, count, ring)
+                   : locate_in_registers<kRegisters, true, false>(weights, first, count, ring);
+    }
+    return word_ ? locate_in_registers<kRegisters, false, true>(weights, first, count, ring)
+                 : locate_in_registers<kRegisters, false, false>(weights, first, count, ring);
   }
 
   // The entries of 16 runs in a table of up to 16 * kRegisters.
@@ -292,7 +314,7 @@ class Locator {
 #pragma GCC unroll 4
     for (int step = 8; step > 0; step /= 2) {
       if (kRegisters == 2 && step == 8) {
-        continue;
+        continue;  // up to 32 starts are four for each of 8
       }
       const __m512i next = _mm512_or_si512(run, _mm512_set1_epi32(step));
       run = _mm512_mask_mov_epi32(run, _mm512_cmpge_epi32_mask(rank, _mm512_permutexvar_epi32(next, coarse)), next);
@@ -310,9 +332,9 @@ class Locator {
     return run;
   }
 
-  template <int kRegisters>
-  Located locate_in_registers(const float* weights, int first, int count, Ring& ring) const {
-    Located found{damaged_, false};
+  template <int kRegisters, bool kPlain, bool kWord>
+  __attribute__((noinline)) Located locate_in_registers(const float* weights, int first, int count, Ring& ring) const {
+    bool mixed = false;
     for (int i = 0; i < count; i += 16) {
       const __m512i rank = _mm512_load_si512(ring.rank + first + i);
       const __m512i run = runs_of<kRegisters>(rank);
@@ -328,11 +350,15 @@ class Locator {
         high = far_bytes(_mm512_extracti64x4_epi64(run, 1), _mm512_extracti64x4_epi64(rank, 1),
                          _mm512_extracti64x4_epi64(row_bits, 1));
       }
-      const __m512 steps = _mm512_castsi512_ps(of_runs<kRegisters>(reinterpret_cast<const int32_t*>(steps_), run));
-      found.mixed |= put_coded_16(weights == nullptr ? nullptr : weights + i, first + i, live_of(count - i),
-                                  {run, of_runs<kRegisters>(kinds_, run), row_bits, steps, bit, low, high}, ring);
+      __m512 steps = _mm512_setzero_ps();
+      if (kPlain) {
+        steps = _mm512_castsi512_ps(of_runs<kRegisters>(reinterpret_cast<const int32_t*>(steps_), run));
+      }
+      mixed |= put_coded_16<kPlain, kWord>(weights == nullptr ? nullptr : weights + i, first + i, live_of(count - i),
+                                           {run, of_runs<kRegisters>(kinds_, run), row_bits, steps, bit, low, high},
+                                           ring);
     }
-    return found;
+    return {damaged_, mixed};
   }
 
   __m512i far_bytes(__m256i run, __m256i rank, __m256i row_bits) const {
@@ -351,51 +377,74 @@ class Locator {
     __m512i byte_high;
   };
 
-  // They go to the ring; returns whether any is mixed.
+  // They go to the ring; returns whether any is mixed. kPlain: the table has plain rows; kWord: its transformed ones
+  // are read as words.
+  template <bool kPlain, bool kWord>
   __attribute__((always_inline)) bool put_coded_16(const float* weights, int slot, __mmask16 live, const Coded& rows,
                                                    Ring& ring) const {
     const __m512i rank = _mm512_load_si512(ring.rank + slot);
     const __mmask16 valid = _mm512_cmpge_epi32_mask(rank, _mm512_setzero_si512());
     const __mmask16 transformed = _mm512_mask_test_epi32_mask(valid, rows.kind, _mm512_set1_epi32(kIsTransformed));
-    const __mmask16 plain = _mm512_mask_test_epi32_mask(valid, rows.kind, _mm512_set1_epi32(15));
+    const __mmask16 plain = kPlain ? _mm512_mask_test_epi32_mask(valid, rows.kind, _mm512_set1_epi32(15)) : 0;
     const __mmask16 stored = transformed | plain;
-    const __m512i width = _mm512_maskz_and_epi32(plain, rows.kind, _mm512_set1_epi32(15));
-    const __m512i shift = _mm512_and_si512(rows.bit, _mm512_set1_epi32(7));
     // Bytes counted from the start of the row's line: of the row's first and last, and the first one that is read.
-    const __m512i start = _mm512_and_si512(_mm512_srli_epi32(rows.bit, 3), _mm512_set1_epi32(63));
-    const __m512i last_bit = _mm512_add_epi32(shift, _mm512_sub_epi32(rows.row_bits, _mm512_set1_epi32(1)));
-    const __m512i length = _mm512_max_epi32(_mm512_srai_epi32(last_bit, 3), _mm512_setzero_si512());
-    // 32 or 16 bytes are read from the row's first on, or the last ones of the line in which it ends: of no other line.
-    const __m512i end_line = _mm512_and_si512(_mm512_add_epi32(start, length), _mm512_set1_epi32(-kLineBytes));
-    const __m512i last_32 = _mm512_or_si512(end_line, _mm512_set1_epi32(kLineBytes - 32));
-    __m512i read = _mm512_maskz_min_epi32(transformed, start, last_32);
-    if (table_.blocks <= 2) {
-      const __m512i last_16 = _mm512_or_si512(end_line, _mm512_set1_epi32(kLineBytes - 16));
-      read = _mm512_mask_min_epi32(read, plain, start, last_16);
+    const __m512i first_bit = _mm512_and_si512(rows.bit, _mm512_set1_epi32(8 * kLineBytes - 1));
+    const __m512i end_bit = _mm512_add_epi32(first_bit, rows.row_bits);
+    const __m512i start = _mm512_srli_epi32(first_bit, 3);
+    const __m512i last = _mm512_max_epi32(_mm512_srai_epi32(_mm512_sub_epi32(end_bit, _mm512_set1_epi32(1)), 3), start);
+    // So many bytes are read from the row's first on, or the last ones of the line in which it ends: of no other line.
+    const __m512i end_line = _mm512_and_si512(last, _mm512_set1_epi32(-kLineBytes));
+    const auto of_line = [&](int bytes) __attribute__((always_inline)) {
+      return _mm512_min_epi32(start, _mm512_or_si512(end_line, _mm512_set1_epi32(kLineBytes - bytes)));
+    };
+    __m512i read = of_line(kWord ? 8 : 32);
+    if (kPlain) {
+      read = _mm512_maskz_mov_epi32(transformed, read);
+      if (table_.blocks <= 2) {
+        read = _mm512_mask_mov_epi32(read, plain, of_line(16));
+      }
     }
     const __m512i position = _mm512_sub_epi32(start, read);
-    const auto put_8 = [&](int at, __mmask8 stored_8, __m512i byte, __m256i position_8, __m256i length_8) {
-      _mm512_store_si512(ring.start + at,
-                         _mm512_maskz_sub_epi64(stored_8, byte, _mm512_cvtepu32_epi64(position_8)));
-      _mm512_store_si512(ring.last + at, _mm512_maskz_add_epi64(stored_8, byte, _mm512_cvtepu32_epi64(length_8)));
+    const auto put_8 = [&](int at, __mmask8 stored_8, __m512i byte, __m256i position_8, __m256i length_8)
+                           __attribute__((always_inline)) {
+      _mm512_store_si512(ring.start + at, _mm512_maskz_sub_epi64(stored_8, byte, _mm512_cvtepu32_epi64(position_8)));
+      if (kPlain || !kWord) {
+        _mm512_store_si512(ring.last + at, _mm512_maskz_add_epi64(stored_8, byte, _mm512_cvtepu32_epi64(length_8)));
+      }
     };
+    const __m512i length = _mm512_sub_epi32(last, start);
     put_8(slot, static_cast<__mmask8>(stored), rows.byte_low, _mm512_castsi512_si256(position),
           _mm512_castsi512_si256(length));
     put_8(slot + 8, static_cast<__mmask8>(stored >> 8), rows.byte_high, _mm512_extracti64x4_epi64(position, 1),
           _mm512_extracti64x4_epi64(length, 1));
-    const __m512i in_bytes = _mm512_maskz_mullo_epi32(stored, position, _mm512_set1_epi32(0x01010101));
-    _mm512_store_si512(ring.position + slot,
-                       table_.blocks <= 2 ? _mm512_mask_add_epi32(in_bytes, static_cast<__mmask16>(~transformed),
-                                                                  _mm512_slli_epi32(width, 4),
-                                                                  _mm512_maskz_mov_epi32(plain, position))
-                                          : in_bytes);
-    _mm512_store_si512(ring.shift + slot, _mm512_maskz_mullo_epi32(transformed, shift, _mm512_set1_epi32(0x01010101)));
-    _mm512_store_si512(ring.run + slot, _mm512_mask_mov_epi32(_mm512_set1_epi32(runs_->none()), transformed, rows.run));
-    _mm512_store_si512(ring.bits + slot, width);
+    const __m512i in_each_byte = _mm512_set1_epi32(0x01010101);
+    const __m512i shift = kWord ? _mm512_sub_epi32(first_bit, _mm512_slli_epi32(read, 3))
+                                : _mm512_and_si512(first_bit, _mm512_set1_epi32(7));
+    _mm512_store_si512(ring.shift + slot, _mm512_maskz_mullo_epi32(transformed, shift, in_each_byte));
+    if (kPlain || !kWord) {
+      const __m512i in_bytes = _mm512_maskz_mullo_epi32(stored, position, in_each_byte);
+      if (kPlain) {
+        const __m512i width = _mm512_maskz_and_epi32(plain, rows.kind, _mm512_set1_epi32(15));
+        // Short rows: which of permute_16 they need.
+        const __m512i of_short = _mm512_mask_add_epi32(in_bytes, static_cast<__mmask16>(~transformed),
+                                                       _mm512_slli_epi32(width, 4),
+                                                       _mm512_maskz_mov_epi32(plain, position));
+        _mm512_store_si512(ring.position + slot, table_.blocks <= 2 ? of_short : in_bytes);
+        _mm512_store_si512(ring.bits + slot, width);
+      } else {
+        _mm512_store_si512(ring.position + slot, in_bytes);
+      }
+    }
+    const __m512i run = _mm512_mask_mov_epi32(_mm512_set1_epi32(runs_->none()), transformed, rows.run);
+    _mm512_store_si512(ring.run + slot, _mm512_mullo_epi32(run, _mm512_set1_epi32(Decoder::kRunBytes)));
     __m512 weight = weights == nullptr ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(live, weights);
     weight = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(rank, _mm512_set1_epi32(kPruned)), weight);
-    _mm512_store_ps(ring.scale + slot, _mm512_maskz_mul_ps(plain, weight, rows.step));
-    _mm512_store_ps(ring.weight + slot, _mm512_maskz_mov_ps(transformed, weight));
+    if (kPlain) {
+      _mm512_store_ps(ring.scale + slot, _mm512_maskz_mul_ps(plain, weight, rows.step));
+    }
+    if (!kWord) {
+      _mm512_store_ps(ring.weight + slot, _mm512_maskz_mov_ps(transformed, weight));
+    }
     _mm512_store_ps(ring.kept + slot, _mm512_maskz_mov_ps(stored, weight));
     _mm512_store_ps(ring.zero + slot, _mm512_maskz_mov_ps(static_cast<__mmask16>(~stored), weight));
     return weights != nullptr || (stored & live) != live;
@@ -450,8 +499,10 @@ class Locator {
 
   const PackedTable& table_;
   const CheckedRuns* runs_;
+  bool word_;           // transformed rows are read as words
   bool coded_ = false;  // and not just few runs of plain rows
   bool few_runs_ = false;
+  bool has_plain_ = true;
   bool far_ = false;    // whether any bit needs more than 32 bits
   bool damaged_ = false;
   Rows rows_ = Rows::Any;

@@ -72,6 +72,7 @@ class CheckedRuns {
     for (int32_t k = 0; k < table.num_runs; ++k) {
       runs_[k] = check_run(table, k, level);
       transformed_ |= runs_[k].transformed;
+      wide_ |= runs_[k].transformed && !lies_in_words(runs_[k]);
       plain_ |= runs_[k].bits > 0;
     }
   }
@@ -85,12 +86,24 @@ class CheckedRuns {
     return runs_[run];
   }
 
+  Span span() const {
+    return wide_ ? Span::Bytes : Span::Word;
+  }
+
   Kinds kinds() const {
     return !transformed_ ? Kinds::Plain : plain_ ? Kinds::Both : Kinds::Transformed;
   }
 
  private:
+  // Whether each row lies in the 8 bytes from its first one on.
+  static bool lies_in_words(const CheckedRun& run) {
+    const uint64_t row_starts = static_cast<uint64_t>(run.bit) | static_cast<uint64_t>(run.row_bits) | 8;
+    const int last_start = 8 - static_cast<int>(row_starts & -row_starts);  // of a row in its first byte
+    return run.row_bits + last_start <= 64;
+  }
+
   std::vector<CheckedRun> runs_;
+  bool wide_ = false;
   bool transformed_ = false;
   bool plain_ = false;
 };

@@ -3,9 +3,9 @@
 //   packed_embedding_bag_ring.inc.h and directory_lines.inc.h
 //   Accumulator<G>: one bag's sum, clear(), add<Rows>(), unbias<Rows>(), add_components(), finish(), and what is known
 //     of G's rows
-//   Decoder(table, runs): adds transformed rows to a Decoder::Sum of their components
+//   Decoder(runs, span): adds transformed rows to a Decoder::Sum of their components, and joins two of them
 //   resolve_ids(): ids of a block to ranks
-//   Locator(table, runs).locate(): ranks of a block to rows; whatever the directory says, they lie in the weights
+//   Locator(table, runs, span).locate(): ranks of a block to rows; whatever the directory says, they lie in the weights
 //   add_weights(): the sums of kept and zero over neighbouring slots, the first being next to the last
 // No include guard: it is compiled once per instruction set.
 
@@ -22,6 +22,21 @@ __attribute__((always_inline)) inline void prefetch(const void* address) {
 #else
   __builtin_prefetch(address, 0, 2);
 #endif
+}
+
+// Asks for the memory of an embedding that is written later; its line must be owned before it can be.
+__attribute__((always_inline)) inline void fetch_output(const Lookup& lookup, const PackedTable& table,
+                                                        int64_t position) {
+  const int64_t element = lookup.output_type == OutputType::Float ? 4 : 2;
+  const char* first = static_cast<const char*>(lookup.output) + position * element;
+  const char* end = first + table.embedding_dim * element;
+  for (const char* line = first; line < end; line += kLineBytes) {
+#if defined(__x86_64__)
+    asm volatile("prefetchw %0" : : "m"(*line));
+#else
+    __builtin_prefetch(line, 1);
+#endif
+  }
 }
 
 // --- steps, a block at a time ---------------------------------------------------------------------------------------
@@ -91,20 +106,23 @@ void resolve(const Lookup& lookup, const PackedTable& table, int64_t position, i
   }
 }
 
-// Fetches a row that is read later. Rows that can span more than two lines have some between.
-template <bool kLong, bool kInLine>
+// Fetches a row that is read later, of up to kLines lines; 0: any number.
+template <int kLines>
 __attribute__((always_inline)) inline void fetch_row(const uint8_t* weights, const Ring& ring, int slot) {
   const int64_t start = ring.start[slot];
-  const int64_t last = ring.last[slot];
   prefetch(weights + start);
-  if (kLong) {
+  if (kLines == 1) {
+    return;
+  }
+  const int64_t last = ring.last[slot];
+  if (kLines == 3) {
+    prefetch(weights + std::min(start + kLineBytes, last));
+  } else if (kLines == 0) {
     for (int64_t byte = start + kLineBytes; byte < last; byte += kLineBytes) {
       prefetch(weights + byte);
     }
   }
-  if (kLong || !kInLine) {
-    prefetch(weights + last);
-  }
+  prefetch(weights + last);
 }
 
 // A bag's sum: of plain rows, and of the components of transformed ones.
@@ -114,7 +132,7 @@ struct BagSum {
   Decoder::Sum components;
 };
 
-// Adds plain rows [row, stop) of a feature, of one block, to a bag's sum.
+// Adds plain rows [row, stop) of a feature, at most a block, to a bag's sum.
 template <int G, Rows kRows>
 __attribute__((always_inline)) inline void add_plain(
     Accumulator<G>& accumulator, typename Accumulator<G>::Sum& sum,
@@ -123,8 +141,8 @@ __attribute__((always_inline)) inline void add_plain(
   float scales = 0.0f;
   for (; row < stop; ++row) {
     const int slot = static_cast<int>(row & (kRing - 1));
-    fetch_row<Accumulator<G>::kLongRows, kRows == Rows::NarrowInLine>(
-        weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+    constexpr int kLines = Accumulator<G>::kLines == 2 && kRows == Rows::NarrowInLine ? 1 : Accumulator<G>::kLines;
+    fetch_row<kLines>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
     accumulator.template add<kRows>(sum, registers, weights, ring, slot);
     if (kRows != Rows::Any) {
       scales += ring.scale[slot];
@@ -136,61 +154,81 @@ __attribute__((always_inline)) inline void add_plain(
   }
 }
 
-// The same of rows of both kinds, which are told apart first: a branch on a row's kind would be guessed wrong often.
-template <int G, Rows kRows>
+// The same of at most a segment of rows of both kinds, without a branch on a row's kind, which would be guessed wrong
+// often: where decoding is cheap all rows are decoded, and plain ones add nothing by it.
+template <int G, Rows kRows, Span kSpan>
 __attribute__((always_inline)) inline void add_both(Accumulator<G>& accumulator, const Decoder& decoder, BagSum<G>& sum,
                                                     const typename Accumulator<G>::template Registers<kRows>& registers,
                                                     const uint8_t* weights, const Ring& ring, int64_t row,
                                                     int64_t stop) {
-  int plain[kBlock];
-  int transformed[kBlock];
+  int plain[kSegment];
+  int transformed[Decoder::kIsCheap ? 1 : kSegment];
   int num_plain = 0;
   int num_transformed = 0;
-  for (; row < stop; ++row) {
-    const int slot = static_cast<int>(row & (kRing - 1));
-    fetch_row<Accumulator<G>::kLongRows, false>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
-    plain[num_plain] = slot;
-    num_plain += ring.bits[slot] > 0;
-    transformed[num_transformed] = slot;
-    num_transformed += ring.run[slot] != decoder.none();
+  while (row < stop) {
+    for (const int64_t part = std::min(stop, row + kBlock); row < part; ++row) {
+      const int slot = static_cast<int>(row & (kRing - 1));
+      fetch_row<Accumulator<G>::kLines>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
+      plain[num_plain] = slot;
+      num_plain += ring.bits[slot] > 0;
+      if (Decoder::kIsCheap) {
+        decoder.template add<kSpan>(sum.components, weights, ring, slot);
+      } else {
+        transformed[num_transformed] = slot;
+        num_transformed += ring.run[slot] != decoder.none();
+      }
+    }
+    Decoder::join(sum.components, Decoder::Sum{});
   }
-  float scales = 0.0f;
-  for (int i = 0; i < num_plain; ++i) {
-    accumulator.template add<kRows>(sum.plain, registers, weights, ring, plain[i]);
+  for (int i = 0; i < num_plain;) {
+    float scales = 0.0f;
+    for (const int part = std::min(num_plain, i + kBlock); i < part; ++i) {
+      accumulator.template add<kRows>(sum.plain, registers, weights, ring, plain[i]);
+      if (kRows != Rows::Any) {
+        scales += ring.scale[plain[i]];
+      }
+    }
     if (kRows != Rows::Any) {
-      scales += ring.scale[plain[i]];
+      accumulator.template unbias<kRows>(sum.plain, scales);
     }
   }
-  if (kRows != Rows::Any) {
-    accumulator.template unbias<kRows>(sum.plain, scales);
-  }
   for (int i = 0; i < num_transformed; ++i) {
-    decoder.add(sum.components, weights, ring, transformed[i]);
+    decoder.template add<kSpan>(sum.components, weights, ring, transformed[i]);
   }
 }
 
 // Adds rows [row, stop) of a feature to a bag's sum.
-template <int G, Rows kRows, Kinds kKinds>
+template <int G, Rows kRows, Kinds kKinds, Span kSpan>
 __attribute__((always_inline)) inline void add_rows(Accumulator<G>& accumulator, const Decoder& decoder,
                                                     BagSum<G>& sum,
                                                     const typename Accumulator<G>::template Registers<kRows>& registers,
                                                     const uint8_t* weights, const Ring& ring, int64_t row,
                                                     int64_t stop) {
-  if (kKinds == Kinds::Transformed) {
-    for (; row < stop; ++row) {
-      fetch_row<false, false>(weights, ring, static_cast<int>((row + kBlock) & (kRing - 1)));
-      decoder.add(sum.components, weights, ring, static_cast<int>(row & (kRing - 1)));
-    }
+  if (kKinds == Kinds::Both) {
+    add_both<G, kRows, kSpan>(accumulator, decoder, sum, registers, weights, ring, row, stop);
     return;
   }
   while (row < stop) {
     const int64_t part = std::min(stop, row + kBlock);
     if (kKinds == Kinds::Plain) {
       add_plain<G, kRows>(accumulator, sum.plain, registers, weights, ring, row, part);
+      row = part;
     } else {
-      add_both<G, kRows>(accumulator, decoder, sum, registers, weights, ring, row, part);
+      // Two sums, as each waits for its last addition.
+      Decoder::Sum others{};
+      const auto add = [&](int64_t i, Decoder::Sum& to) __attribute__((always_inline)) {
+        fetch_row<kSpan == Span::Word ? 1 : 2>(weights, ring, static_cast<int>((i + kBlock) & (kRing - 1)));
+        decoder.template add<kSpan>(to, weights, ring, static_cast<int>(i & (kRing - 1)));
+      };
+      for (; row + 2 <= part; row += 2) {
+        add(row, sum.components);
+        add(row + 1, others);
+      }
+      if (row < part) {
+        add(row++, sum.components);
+      }
+      Decoder::join(sum.components, others);
     }
-    row = part;
   }
 }
 
@@ -246,7 +284,7 @@ inline float factor_of(const Bags& bags, int64_t count) {
 
 // Pools bags of one segment as long as their rows end before `limit`; returns false at offsets that decrease or leave
 // the rows. A function of its own, with nothing called between bags: what the loops need stays in registers.
-template <int G, Rows kRows, Kinds kKinds>
+template <int G, Rows kRows, Kinds kKinds, Span kSpan>
 __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags, int64_t limit) {
   const typename Accumulator<G>::template Registers<kRows> registers;
   const Lookup& lookup = bags.lookup;
@@ -268,12 +306,13 @@ __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags
     if (end > limit || end - row > kSegment) {
       break;
     }
+    fetch_output(lookup, table, position + 2 * lookup.output_stride);
     float kept = 0.0f;
     float zero = 0.0f;
     add_weights_of(ring, row, end, bags.mixed_end, kept, zero);
     BagSum<G> sum;
     clear<G, kKinds>(accumulator, sum);
-    add_rows<G, kRows, kKinds>(accumulator, bags.decoder, sum, registers, table.weights, ring, row, end);
+    add_rows<G, kRows, kKinds, kSpan>(accumulator, bags.decoder, sum, registers, table.weights, ring, row, end);
     add_components<G, kKinds>(accumulator, sum, table);
     accumulator.finish(sum.plain, table, kept, zero, factor_of(bags, end - row), lookup.output, lookup.output_type,
                        position);
@@ -287,13 +326,13 @@ __attribute__((noinline)) bool pool_bags(Accumulator<G>& accumulator, Bags& bags
 }
 
 // Adds a segment of a bag that is longer than the ring to its sum.
-template <int G, Rows kRows, Kinds kKinds>
+template <int G, Rows kRows, Kinds kKinds, Span kSpan>
 __attribute__((noinline)) void pool_segment(Accumulator<G>& accumulator, BagSum<G>& sum, const Bags& bags,
                                             int64_t stop) {
   const typename Accumulator<G>::template Registers<kRows> registers;
   BagSum<G> local = sum;
-  add_rows<G, kRows, kKinds>(accumulator, bags.decoder, local, registers, bags.table.weights, bags.ring, bags.row,
-                             stop);
+  add_rows<G, kRows, kKinds, kSpan>(accumulator, bags.decoder, local, registers, bags.table.weights, bags.ring,
+                                    bags.row, stop);
   sum = local;
 }
 
@@ -303,9 +342,9 @@ struct Pooling {
   bool (*bags)(Accumulator<G>& accumulator, Bags& bags, int64_t limit);
   void (*segment)(Accumulator<G>& accumulator, BagSum<G>& sum, const Bags& bags, int64_t stop);
 
-  template <Rows kRows, Kinds kKinds>
+  template <Rows kRows, Kinds kKinds, Span kSpan>
   static Pooling of() {
-    return {&pool_bags<G, kRows, kKinds>, &pool_segment<G, kRows, kKinds>};
+    return {&pool_bags<G, kRows, kKinds, kSpan>, &pool_segment<G, kRows, kKinds, kSpan>};
   }
 };
 
@@ -397,21 +436,36 @@ void lookup_rows(const Lookup& lookup, int64_t f, int64_t first, int64_t last, F
   }
 }
 
-template <int G, Kinds kKinds>
+template <int G, Kinds kKinds, Span kSpan>
 Pooling<G> pooling_of(Rows rows) {
   if constexpr (Accumulator<G>::kHasVariants && kKinds != Kinds::Transformed) {
     switch (rows) {
       case Rows::Any:
         break;
       case Rows::Narrow:
-        return Pooling<G>::template of<Rows::Narrow, kKinds>();
+        return Pooling<G>::template of<Rows::Narrow, kKinds, kSpan>();
       case Rows::NarrowInLine:
-        return Pooling<G>::template of<kKinds == Kinds::Both ? Rows::Narrow : Rows::NarrowInLine, kKinds>();
+        return Pooling<G>::template of<Rows::NarrowInLine, kKinds, kSpan>();
       case Rows::Bytes:
-        return Pooling<G>::template of<kKinds == Kinds::Both ? Rows::Any : Rows::Bytes, kKinds>();
+        return Pooling<G>::template of<kKinds == Kinds::Both ? Rows::Any : Rows::Bytes, kKinds, kSpan>();
     }
   }
-  return Pooling<G>::template of<Rows::Any, kKinds>();
+  return Pooling<G>::template of<Rows::Any, kKinds, kSpan>();
+}
+
+template <int G>
+Pooling<G> pooling_of(Rows rows, Kinds kinds, Span span) {
+  const bool word = span == Span::Word;
+  constexpr Span kWord = Decoder::kHasSpans ? Span::Word : Span::Bytes;
+  switch (kinds) {
+    case Kinds::Transformed:
+      return word ? pooling_of<G, Kinds::Transformed, kWord>(rows)
+                  : pooling_of<G, Kinds::Transformed, Span::Bytes>(rows);
+    case Kinds::Both:
+      return word ? pooling_of<G, Kinds::Both, kWord>(rows) : pooling_of<G, Kinds::Both, Span::Bytes>(rows);
+    default:
+      return pooling_of<G, Kinds::Plain, Span::Bytes>(rows);
+  }
 }
 
 template <int G, class Index>
@@ -423,11 +477,11 @@ void lookup_feature(const Lookup& lookup, int64_t f, int64_t first, int64_t last
   }
   const CheckedRuns* runs = coded ? &*coded : nullptr;
   const Kinds kinds = coded ? coded->kinds() : Kinds::Plain;
-  const Locator locator(table, runs);
-  const Decoder decoder(table, kinds == Kinds::Plain ? nullptr : runs);
-  const Pooling<G> pooling = kinds == Kinds::Plain         ? pooling_of<G, Kinds::Plain>(locator.rows())
-                             : kinds == Kinds::Transformed ? pooling_of<G, Kinds::Transformed>(locator.rows())
-                                                           : pooling_of<G, Kinds::Both>(locator.rows());
+  // Words are read without weights only.
+  const Span span = coded && Decoder::kHasSpans && lookup.weights == nullptr ? coded->span() : Span::Bytes;
+  const Locator locator(table, runs, span);
+  const Decoder decoder(kinds == Kinds::Plain ? nullptr : runs, span);
+  const Pooling<G> pooling = pooling_of<G>(locator.rows(), kinds, span);
   lookup_rows<G, Index>(lookup, f, first, last, faults, locator, decoder, kinds, pooling);
 }
 

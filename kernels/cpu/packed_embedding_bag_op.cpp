@@ -115,6 +115,8 @@ class PackedTables {
       if (coded) {
         TORCH_CHECK_VALUE(table.nibble_lines == 0 && table.kind != Directory::BitmapNibble, "table ", t,
                           ": a directory of widths cannot say how rows are coded");
+        // The kernels count what they know of a run in 32 bits.
+        TORCH_CHECK_VALUE(table.num_runs <= 1 << 20, "table ", t, ": ", table.num_runs, " runs are too many");
         table.levels = reinterpret_cast<const uint16_t*>(levels.const_data_ptr<at::BFloat16>()) + level;
         table.num_levels = levels.numel() - level;
         beta_start_.push_back(basis);

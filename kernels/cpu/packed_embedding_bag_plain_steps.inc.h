@@ -33,7 +33,7 @@ inline Located place(const PackedTable& table, const CheckedRuns& runs, const fl
 class Locator {
  public:
   // `runs` are the table's if it is coded, else null.
-  Locator(const PackedTable& table, const CheckedRuns* runs) : table_(table), runs_(runs) {}
+  Locator(const PackedTable& table, const CheckedRuns* runs, Span) : table_(table), runs_(runs) {}
 
   Rows rows() const {
     return Rows::Any;

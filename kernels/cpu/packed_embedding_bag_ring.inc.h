@@ -31,6 +31,9 @@ struct Located {
 // The kinds of rows of more than 0 bits that a table has.
 enum class Kinds { Plain, Transformed, Both };
 
+// What is read of every transformed row of a table: a word of 64 bits, or more.
+enum class Span { Word, Bytes };
+
 // What is known of all plain rows of a table, for an accumulator that makes use of it.
 enum class Rows {
   Any,

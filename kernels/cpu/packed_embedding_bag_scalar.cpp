@@ -24,7 +24,7 @@ inline uint64_t low_bits(uint64_t word, int count) {
 template <int G>
 class Accumulator {
  public:
-  static constexpr bool kLongRows = G == 0;
+  static constexpr int kLines = G == 0 ? 0 : 2;  // that a row spans; 0: any number
   static constexpr bool kHasVariants = false;
 
   Accumulator(int dim, int blocks) : dim_(dim), blocks_(blocks), sum_(static_cast<size_t>(blocks) * 8) {}
@@ -88,12 +88,15 @@ constexpr int kDecodedBytes = 20;  // from a transformed row's first byte to the
 // Adds up the components of transformed rows.
 class Decoder {
  public:
+  static constexpr bool kHasSpans = false;
+  static constexpr bool kIsCheap = false;
+
   struct Sum {
     float components[kMaxComponents];
   };
 
   // Without runs there is no transformed row.
-  Decoder(const PackedTable&, const CheckedRuns* runs) : none_(runs == nullptr ? 0 : runs->none()) {
+  Decoder(const CheckedRuns* runs, Span) : none_(runs == nullptr ? 0 : runs->none()) {
     for (int32_t k = 0; runs != nullptr && k <= none_; ++k) {
       Run run;
       const CheckedRun& checked = (*runs)[k];
@@ -117,6 +120,7 @@ class Decoder {
     return none_;
   }
 
+  template <Span>
   void add(Sum& sum, const uint8_t* weights, const Ring& ring, int slot) const {
     const Run& run = runs_[ring.run[slot]];
     for (int c = 0; c < kMaxComponents; ++c) {
@@ -125,6 +129,12 @@ class Decoder {
       std::memcpy(&word, weights + ring.start[slot] + bit / 8, 4);
       const float code = static_cast<float>(word >> (bit % 8) & run.mask[c]);
       sum.components[c] += ring.weight[slot] * (run.scale[c] * code + run.offset[c]);
+    }
+  }
+
+  static void join(Sum& sum, const Sum& other) {
+    for (int c = 0; c < kMaxComponents; ++c) {
+      sum.components[c] += other.components[c];
     }
   }
 
