@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coded_tables import EIGHTFOLD, HUNDREDFOLD, coded_table
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode as FbgemmBoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
@@ -68,7 +69,7 @@ SHARES: dict[str, Shares] = {
 FP32 = "EmbeddingBag fp32"
 COMPARED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("8",): ("INT8", "FP16", FP32),
-    ("4", "3", "mixA", "mixB"): ("INT4",),
+    ("4", "3", "mixA", "mixB", HUNDREDFOLD, EIGHTFOLD): ("INT4",),
     ("2", "1"): ("INT2",),
 }
 """Widths that are timed together, to the rivals that each is compared with."""
@@ -89,6 +90,8 @@ MEAN_GOALS: Goals = {
     ("1", "INT2"): (1.7, 1.6, 2.2),
     ("mixA", "INT4"): (1.5, 1.9, 1.5),
     ("mixB", "INT4"): None,
+    (HUNDREDFOLD, "INT4"): (2.5, 3.0, 3.5),
+    (EIGHTFOLD, "INT4"): (1.3, 1.3, 1.3),
 }
 HOT_GOALS: Goals = {
     ("8", "INT8"): (0.7, 0.9, 1.0),
@@ -155,6 +158,13 @@ def keep_freed_memory(keep: bool) -> None:
         mallopt(mmap_threshold, 32 << 20 if keep else 128 << 10)
 
 
+def tables_of(bits: str, rows: int, dim: int) -> PackedTables:
+    """26 ranked tables by the name of their widths or coding."""
+    if bits in SHARES:
+        return packed_tables(rows, dim, SHARES[bits])
+    return repeated(coded_table(rows, dim, bits), TABLES)
+
+
 def packed_tables(rows: int, dim: int, shares: Shares, directory: str = "ranked") -> PackedTables:
     """26 tables with rows of the given widths by frequency; ids are in order, or permuted ones for a directory."""
     generator = torch.Generator().manual_seed(0)
@@ -181,6 +191,7 @@ def repeated(packed: PackedTables, count: int) -> PackedTables:
     weights = torch.zeros(count * size + END_PADDING, dtype=torch.uint8)
     weights[: count * size].view(count, size).copy_(packed.weights[:size])
     runs, zero_row = packed.run_starts.numel(), packed.zero_rows.numel()
+    is_coded = packed.components_of(0) is not None
     return replace(
         packed,
         tables=tuple(replace(table, name=f"t{t}") for t in range(count)),
@@ -196,6 +207,11 @@ def repeated(packed: PackedTables, count: int) -> PackedTables:
         scale_index=packed.scale_index.repeat(count),
         zero_rows=packed.zero_rows.repeat(count),
         zero_row_offsets=(steps * zero_row).int() if zero_row else packed.zero_row_offsets.repeat(count),
+        levels=packed.levels.repeat(count),
+        levels_offsets=(steps * packed.levels.numel()).int() if is_coded else packed.levels_offsets.repeat(count),
+        bases=packed.bases.repeat(count),
+        bases_offsets=(steps * packed.bases.numel()).int() if is_coded else packed.bases_offsets.repeat(count),
+        components=packed.components.repeat(count),
     )
 
 
@@ -330,7 +346,7 @@ def measure_cells(cells: Sequence[Cell], pace: Pace) -> Iterator[list[Record]]:
             for widths, rivals in COMPARED.items():
                 ours: dict[str, Callable[..., Tensor]] = {}
                 for bits in widths:
-                    packed = packed_tables(rows, dim, SHARES[bits])
+                    packed = tables_of(bits, rows, dim)
                     verify(f"{bits} bits", packed)
                     ours[bits] = our_lookup(packed)
                 del packed
