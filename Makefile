@@ -150,6 +150,7 @@ else
 	$(call bench_run,accuracy) --ciao $(CIAO) $(call bench_json,accuracy_ciao)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --rivals $(call bench_json,compress_ciao)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --dim 64 $(call bench_json,compress_ciao_64)
+	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --dim 128 --ratios 100 200 400 $(call bench_json,compress_ciao_128)
 	$(call bench_run,compress_accuracy) --ciao $(CIAO) --seeds 5 --model dlrm --ratios 60 100 200 $(call bench_json,compress_ciao_dlrm)
 	$(call bench_run,convert) --ciao $(CIAO) $(call bench_json,convert_ciao)
 	$(call bench_run,cache) --data $(CIAO) $(call bench_json,cache)

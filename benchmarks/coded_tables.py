@@ -84,6 +84,9 @@ def coded_table(rows: int, dim: int, kind: str) -> PackedTables:
     """
     generator = torch.Generator().manual_seed(0)
     bounds, groups = groups_of(rows, dim, kind)
+    # The first groups of a small table would have no rows.
+    filled = [k for k in range(len(groups)) if bounds[k] < bounds[k + 1]]
+    bounds, groups = (*(bounds[k] for k in filled), rows), tuple(groups[k] for k in filled)
     components = 16 if dim == 16 else 8
     basis = torch.randn(components + 1, dim, generator=generator).half()
     encoder = torch.zeros(dim, components)

@@ -46,6 +46,7 @@ FIGURES: Mapping[str, Callable[[Any], Figures]] = {
     "communication": communication.figures,
     "compress_ciao": compress.figures,
     "compress_ciao_64": compress.figures,
+    "compress_ciao_128": compress.figures,
     "compress_ciao_dlrm": compress.figures,
     "compress_generated": compress.figures,
     "compress_journey": compress.figures,

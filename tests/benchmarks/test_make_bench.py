@@ -67,6 +67,7 @@ def test_records_are_those_that_pages_are_made_from() -> None:
     assert set(everything) - set(records()) == {
         "accuracy_ciao",
         "compress_ciao",
+        "compress_ciao_128",
         "compress_ciao_64",
         "compress_ciao_dlrm",
         "compress_journey",
