@@ -114,14 +114,14 @@ def test_tiny_cells(lookup, monkeypatch):
         records = [record for group in lookup.measure_cells(cells, (0.0, 1)) for record in group]
     native = library.cpu_capability()
     used = [record for record in records if record["capability"] == native]
-    assert len(used) == 2 * 9  # cells, pairs of a width and a rival
+    assert len(used) == 2 * 11  # cells, pairs of a width and a rival, two of them coded
     assert all(record["ratio"] > 0 and record["ns"] > 0 and record["rival_ns"] > 0 for record in used)
     assert library.cpu_capability() == native
 
     lines = lookup.cells_table(records, native).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["200 rows, zipf, L=3", "200 rows, uniform, L=1, out="]
     means = lookup.summary(records, "mean", cells, lookup.MEAN_GOALS, judge=True)
-    assert len(lookup.ratios_table(means, native).splitlines()) == 1 + 9
+    assert len(lookup.ratios_table(means, native).splitlines()) == 1 + 11
 
 
 @pytest.mark.skipif(not library.is_loaded(), reason="compares the compiled op")
