@@ -48,7 +48,7 @@ struct Table {
     std::fill(stored.beta.begin(), stored.beta.end(), 0.0f);
     stored.alpha[8] = 1.0f;
     for (int64_t row = 0; row < kRows; ++row) {
-      starts[row] = stored.runs[0].offset + row * stored.runs[0].row_bytes;
+      starts[row] = (stored.runs[0].bit + row * static_cast<int64_t>(stored.runs[0].row_bits)) / 8;
     }
     view.weights = stored.weights.data();
     view.weights_bytes = static_cast<int64_t>(stored.weights.size());
