@@ -48,6 +48,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         bounds_check_mode (int): what becomes of ids that are no rows of their table, FBGEMM's BoundsCheckMode; FATAL by
             default.
         coded_rows (SparseType): with "fbgemm", the format of rows of coded tables, INT8, INT4 or INT2.
+        encoders (Optional[Mapping[str, Tensor]]): float32 [D, K] by coded table, which :meth:`apply_update` needs and
+            no lookup: an attribute, in no buffer, state_dict, artifact or size.
 
     Raises:
         ValueError: naming the table, if configs and packed tables differ, a table has another pooling type, or a
@@ -72,6 +74,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         backend: str = "packed",
         bounds_check_mode: int = BoundsCheckMode.FATAL,
         coded_rows: SparseType = SparseType.INT8,
+        encoders: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         if output_dtype not in OUTPUT_DTYPES:
@@ -80,6 +83,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._is_weighted = is_weighted
         self._output_dtype = output_dtype
         self._backend = backend
+        self.encoders: dict[str, Tensor] = dict(encoders or {})
         table_index = _match_tables(self._configs, packed, is_weighted)
         self._feature_names: list[str] = []
         self._feature_labels: list[str] = []
@@ -183,6 +187,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def apply_update(self, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
         """Give rows new values in place while others look up, see :meth:`PackedTableBatchedEmbeddingBags.apply_update`.
 
+        Rows of coded tables need the table's encoder, which the collections that ``compress`` makes have.
+
         Raises:
             TypeError: with the fbgemm backend, whose rows cannot be updated.
         """
@@ -192,7 +198,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 "INT8 rows, which cannot be updated: update the packed collection that it was made from, and convert "
                 "that again"
             )
-        return self.tbe.apply_update(rows)
+        return self.tbe.apply_update(rows, self.encoders)
 
     def packed_tables(self) -> PackedTables:
         """The packed tensors, not copied.

@@ -148,7 +148,9 @@ class PackedTableBatchedEmbeddingBags(ConvertsItself):
             feature_labels=self.feature_labels[first:last],
         )
 
-    def apply_update(self, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
+    def apply_update(
+        self, rows: Mapping[str, TableRows], encoders: Mapping[str, Tensor] | None = None
+    ) -> dict[str, UpdatedRows]:
         """Give rows new values in place, at the bit-widths, step sizes and offsets that the tables have.
 
         On the CPU any number of threads may look up meanwhile: a lookup finds each row old or new, never half of each,
@@ -161,6 +163,7 @@ class PackedTableBatchedEmbeddingBags(ConvertsItself):
         Args:
             rows (Mapping[str, tuple[Tensor, Tensor]]): by table, ids, int32 or int64 [n], and values, float32 [n, D].
                 Of an id that is given more than once the last values stay.
+            encoders (Optional[Mapping[str, Tensor]]): float32 [D, K] of each coded table in ``rows``.
 
         Returns:
             dict[str, UpdatedRows]: of each table in ``rows``, how many rows have their new values, and how many have 0
@@ -169,16 +172,16 @@ class PackedTableBatchedEmbeddingBags(ConvertsItself):
         Raises:
             IndexError: naming the table, if an id is no row of it.
             KeyError: if there is no such table.
-            TypeError: naming the table, if ids or values have another dtype.
-            ValueError: naming the table, if a shape is wrong, or values hold NaN. Whatever is raised, no row of any
-                table has changed.
+            TypeError: naming the table, if ids, values or encoder have another dtype.
+            ValueError: naming the table, if a shape is wrong, values hold NaN, or a coded table has no encoder or gets
+                infinite values. Whatever is raised, no row of any table has changed.
 
         Example::
 
             >>> tbe.apply_update({"t1": (torch.tensor([3, 7]), torch.randn(2, 16))})
             {'t1': UpdatedRows(written=2, zero_bits=0)}
         """
-        return update_packed_tables_(self.packed_tables(), rows)
+        return update_packed_tables_(self.packed_tables(), rows, encoders)
 
     def packed_tables(self) -> PackedTables:
         """The buffers, not copied."""

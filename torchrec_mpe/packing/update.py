@@ -12,6 +12,7 @@ from torchrec_mpe.ops.update_rows import update_rows_
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.layout import END_PADDING
 from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.update_coded import CodedRows, locate_coded_rows, write_coded_rows_
 
 _CHUNK_ROWS = 1 << 14
 
@@ -25,15 +26,21 @@ class UpdatedRows:
 
     Attributes:
         written (int): rows that have their new values, at the bit-width they have.
-        zero_bits (int): rows of 0 bits: they have no bytes, and still read the table's vector for such rows.
+        zero_bits (int): rows of 0 bits: they have no bytes, and still read the table's vector for such rows; the mean,
+            if they are transformed rows.
     """
 
     written: int
     zero_bits: int
 
 
-def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
+def update_packed_tables_(
+    packed: PackedTables, rows: Mapping[str, TableRows], encoders: Mapping[str, Tensor] | None = None
+) -> dict[str, UpdatedRows]:
     """Quantize rows with the tables' bit-widths, step sizes and offsets, and write them over the old ones.
+
+    Rows of coded tables get the codes that packing would give them, in the groups that they are in; as they share
+    bytes, two updates of coded tables take turns.
 
     On the CPU other threads may look up the tables meanwhile, see :func:`.ops.update_rows.update_rows_`: each row is
     found old or new, never half of each, but a lookup of several rows may find some of them old and others new. On
@@ -47,6 +54,8 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
         packed (PackedTables): whose ``weights`` change.
         rows (Mapping[str, tuple[Tensor, Tensor]]): by table, ids, int32 or int64 [n], and values, float32 [n, D], on
             any device. Of an id that is given more than once the last values stay.
+        encoders (Optional[Mapping[str, Tensor]]): float32 [D, K] of each coded table in ``rows`` that has components,
+            ``TableCoding.encoder``; others are ignored.
 
     Returns:
         dict[str, UpdatedRows]: of each table in ``rows``.
@@ -54,9 +63,10 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
     Raises:
         IndexError: naming the table, if an id is no row of it.
         KeyError: if there is no such table.
-        TypeError: naming the table, if ids or values have another dtype.
-        ValueError: naming the table, if it is coded, a shape is wrong, values hold NaN, or a damaged directory leads
-            outside the table's rows. Whatever is raised, no row of any table has changed.
+        TypeError: naming the table, if ids, values or encoder have another dtype.
+        ValueError: naming the table, if a shape is wrong, a coded table has no encoder, values hold NaN, or of a coded
+            table infinity, or a damaged directory leads outside the table's rows. Whatever is raised, no row of any
+            table has changed.
     """
     index = {table.name: t for t, table in enumerate(packed.tables)}
     for name in rows:
@@ -64,13 +74,22 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
             raise KeyError(f"rows are given for table {name}; the tables are {', '.join(index)}")
     if packed.weights.device.type == "meta":
         raise ValueError("the tables are on the meta device: they have no rows to update")
-    for name in rows:
-        if packed.components_of(index[name]) is not None:
-            raise ValueError(f"table {name} is transform-coded: its rows cannot be updated in place")
     # All tables before the first row is written.
-    located = {name: _locate_rows(packed, index[name], ids, values) for name, (ids, values) in rows.items()}
+    located: dict[str, CodedRows | tuple[Tensor, Tensor, Tensor]] = {}
+    for name, (ids, values) in rows.items():
+        t = index[name]
+        positions, distinct = _check_rows(packed, t, ids, values)
+        if packed.components_of(t) is not None:
+            located[name] = locate_coded_rows(packed, t, distinct, positions, (encoders or {}).get(name))
+        else:
+            located[name] = positions, *_starts_and_bits(packed, t, distinct)
     updated: dict[str, UpdatedRows] = {}
-    for name, (positions, starts, bits) in located.items():
+    for name, found in located.items():
+        if isinstance(found, CodedRows):
+            written = write_coded_rows_(packed, index[name], found, rows[name][1])
+            updated[name] = UpdatedRows(written, found.ids.numel() - written)
+            continue
+        positions, starts, bits = found
         for width in bits.unique().tolist():
             if width:
                 chosen = (bits == width).nonzero().squeeze(1)
@@ -81,9 +100,9 @@ def update_packed_tables_(packed: PackedTables, rows: Mapping[str, TableRows]) -
 
 
 @torch.no_grad()
-def _locate_rows(packed: PackedTables, t: int, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Check a table's rows; returns of each row once, on the tables' device, its position in ``values``, the byte of
-    the weights where it starts, and its bit-width, all int64.
+def _check_rows(packed: PackedTables, t: int, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Check a table's rows; returns of each row once, on the tables' device, its position in ``values`` and its id,
+    both int64.
     """
     table = packed.tables[t]
     if ids.dtype not in (torch.int32, torch.int64):
@@ -98,17 +117,20 @@ def _locate_rows(packed: PackedTables, t: int, ids: Tensor, values: Tensor) -> t
     outside = ids[(ids < 0) | (ids >= table.num_embeddings)]
     if outside.numel():
         raise IndexError(f"table {table.name}: id {int(outside[0])} is not in [0, {table.num_embeddings})")
-    wrong = values.isnan().any(1).nonzero()
+    # Packing refuses an infinite row of a coded table; elsewhere it has the outermost codes.
+    coded = packed.components_of(t) is not None
+    wrong = (~values.isfinite() if coded else values.isnan()).any(1).nonzero()
     if wrong.numel():
-        raise ValueError(f"table {table.name}: the values of id {int(ids[int(wrong[0])])} hold NaN")
+        what = "NaN or infinite values" if coded else "NaN"
+        raise ValueError(f"table {table.name}: the values of id {int(ids[int(wrong[0])])} hold {what}")
     ordered, order = ids.to(packed.weights.device, torch.int64).sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]
-    starts, bits = _starts_and_bits(packed, t, ordered[last])
-    return order[last], starts, bits
+    return order[last], ordered[last]
 
 
 def _starts_and_bits(packed: PackedTables, t: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The byte of the weights where each row of a table that is not coded starts, and its bit-width, both int64."""
     table = packed.tables[t]
     unit = row_bytes(table.embedding_dim, 1)
     first = int(packed.weights_offsets[t])

@@ -1,5 +1,6 @@
 """A trained model's copy with coded tables."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,34 @@ def test_output_types(dtype: torch.dtype) -> None:
     out = narrow.first(features()).values()  # type: ignore[operator, union-attr]
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), wide.first(features()).values(), rtol=1e-2, atol=1e-2)  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.supports("apply_update of coded tables", "CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_can_be_updated_as_they_were_coded(dtype: torch.dtype, tmp_path: Path) -> None:
+    trained, other = Model(), Model()
+    with torch.no_grad():
+        for parameter in other.first.parameters():
+            parameter.copy_(parameter.flip(0))
+    coded: Any = compress(trained, counts(), curvature(), ratio=20, output_dtype=dtype)
+    before, size_before = coded.first.packed_tables().weights.clone(), size(coded)
+
+    def rows_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        bags = model.first.embedding_bags
+        return {n: (torch.arange(len(bags[n].weight)), bags[n].weight.detach()) for n in ("users", "goods")}
+
+    updated = coded.first.apply_update(rows_of(other))
+    assert all(rows.written > 0 for rows in updated.values())
+    assert not torch.equal(coded.first.packed_tables().weights, before)
+    mpe.save_delta(tmp_path / "delta", rows_of(trained))
+    assert coded.first.apply_update(mpe.load_delta(tmp_path / "delta")) == updated
+    assert torch.equal(coded.first.packed_tables().weights, before) and size(coded) == size_before
+    mpe.save(coded.first, tmp_path / "artifact")
+    loaded: Any = mpe.load(tmp_path / "artifact")
+    with pytest.raises(ValueError, match="table users is transform-coded and its encoder is not here: update the coll"):
+        loaded.apply_update(rows_of(trained))
+    loaded.encoders = coded.first.encoders
+    assert loaded.apply_update(rows_of(trained)) == updated
 
 
 def test_ids_without_lookups() -> None:

@@ -178,14 +178,17 @@ def _pack(
         CodedTableToPack(t, codings[t], collection.rows[t].pieces, collection.rows[t].sum)
         for t in (c.name for c in configs)
     ]
+    encoders = {c.name: codings[c.name].encoder for c in configs}
     packed = PackedEmbeddingBagCollection(
-        configs, pack_tables(tables), collection.is_weighted, device=collection.device
+        configs, pack_tables(tables), collection.is_weighted, device=collection.device, encoders=encoders
     )
     for config in configs:
         _check_rows(packed, config.name, codings[config.name], collection.rows[config.name])
     if output_dtype == torch.float32:
         return packed
-    return PackedEmbeddingBagCollection(configs, packed.packed_tables(), collection.is_weighted, output_dtype)
+    return PackedEmbeddingBagCollection(
+        configs, packed.packed_tables(), collection.is_weighted, output_dtype, encoders=encoders
+    )
 
 
 def _check_rows(packed: PackedEmbeddingBagCollection, name: str, coding: TableCoding, rows: OwnedRows) -> None:
