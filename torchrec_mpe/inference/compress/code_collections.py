@@ -57,13 +57,19 @@ class CodedCollections:
     Attributes:
         packed (Sequence[PackedEmbeddingBagCollection]): of each, in order; rows without bits read the mean row.
         summaries (Mapping[str, TableSummary]): by table.
-        unseen_means (Mapping[str, Tensor]): by table, of which rows without lookups and no others have no bits, float32
-            [D]: their mean.
+        only_unseen (Sequence[TableToCode]): the tables of which no row with lookups has no bits.
     """
 
     packed: Sequence[PackedEmbeddingBagCollection]
     summaries: Mapping[str, TableSummary]
-    unseen_means: Mapping[str, Tensor]
+    only_unseen: Sequence[TableToCode]
+
+    def unseen_means(self) -> dict[str, Tensor]:
+        """By table of ``only_unseen`` that has rows without lookups, float32 [D]: their mean.
+
+        It reads the tables once more; in a sharded model every rank calls it.
+        """
+        return {table.name: mean for table in self.only_unseen if (mean := _mean_of_unseen(table)) is not None}
 
 
 def code_collections(
@@ -97,8 +103,7 @@ def code_collections(
     packed = [_pack(collection, codings, output_dtype) for collection in collections]
     # Where rows with lookups have no bits either, all read their mean.
     only_unseen = [table for table in tables if coded[table.name].summary.zero_rows == 0]
-    means = {table.name: mean for table in only_unseen if (mean := _mean_of_unseen(table)) is not None}
-    return CodedCollections(packed, {name: found.summary for name, found in coded.items()}, means)
+    return CodedCollections(packed, {name: found.summary for name, found in coded.items()}, only_unseen)
 
 
 def _budget(tables: Sequence[TableToCode], ratio: float | None, bytes: int | None) -> int:

@@ -98,11 +98,12 @@ def compress(
     # deepcopy finds the packed collections in its memo and never touches the trained rows.
     memo = {id(module): packed for module, packed in zip(collections, coded.packed, strict=True)}
     compressed: nn.Module = copy.deepcopy(source, memo).eval()
-    if score is None and unseen == "model":
-        read_unseen_(compressed, coded.unseen_means)
-    elif score is not None and coded.unseen_means:
+    if score is None:
+        if unseen == "model":
+            read_unseen_(compressed, coded.unseen_means())
+    elif means := coded.unseen_means():
         by_mean = score(compressed)
-        before = read_unseen_(compressed, coded.unseen_means)
+        before = read_unseen_(compressed, means)
         by_model = score(compressed)
         first, second = mean_over_ranks(torch.tensor([by_mean, by_model]), group, device)
         if not second > first:

@@ -114,5 +114,5 @@ def compress_checkpoint(
     packed = dict(zip(collections, coded.packed, strict=True))
     model = nn.ModuleDict(packed) if len(packed) > 1 else next(iter(packed.values()))
     if unseen == "model":
-        read_unseen_(model, coded.unseen_means)
+        read_unseen_(model, coded.unseen_means())
     return CompressedCheckpoint(model.eval(), coded.summaries)
