@@ -1,24 +1,28 @@
 """The coding of a packed table, from its tensors."""
 
 import torch
+from torch import Tensor
 
 from torchrec_mpe.ops.directory import Directory
-from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS, level_count
+from torchrec_mpe.ops.reference.run_coding import block_bits, level_count
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
 
 
-def coding_of_table(packed: PackedTables, t: int, *, ordered: bool = True) -> TableCoding:
+def coding_of_table(
+    packed: PackedTables, t: int, *, ordered: bool = True, encoder: Tensor | None = None
+) -> TableCoding:
     """The coding of a coded table; work is per run, and per row if its ids are not in the frequency order.
 
     Args:
         packed (PackedTables): validated, on the CPU.
         t (int): index of a coded table.
         ordered (bool): False: without the order of its ids, whatever its directory.
+        encoder (Optional[Tensor]): float32 [D, K], what encodes a row, which is not stored; None: the pseudo-inverse
+            of the basis, which gives a row's nearest components.
 
     Returns:
-        TableCoding: whose packed bytes are those of the table. What encodes a row is not stored: ``encoder`` is the
-        pseudo-inverse of the basis, which gives the row's nearest components.
+        TableCoding: whose packed bytes are those of the table.
     """
     table, components = packed.tables[t], packed.components_of(t)
     assert components is not None
@@ -30,8 +34,7 @@ def coding_of_table(packed: PackedTables, t: int, *, ordered: bool = True) -> Ta
         levels = packed.levels[following : following + count].tolist()
         following += count
         if run.is_transformed:
-            bits = tuple(run.coding >> 4 * block & 15 for block in range(len(COMPONENT_BLOCKS)))
-            groups.append(TransformedRows(bits, tuple(levels[::2]), tuple(levels[1::2]), components))
+            groups.append(TransformedRows(block_bits(run.coding), tuple(levels[::2]), tuple(levels[1::2]), components))
         else:
             groups.append(PlainRows(run.bits, *levels))
     basis, zero = packed.basis(t), int(packed.zero_row_offsets[t])
@@ -45,7 +48,7 @@ def coding_of_table(packed: PackedTables, t: int, *, ordered: bool = True) -> Ta
         (*(run.first for run in runs), table.num_embeddings),
         tuple(groups),
         basis,
-        torch.linalg.pinv(basis[:-1].double()).float(),
+        torch.linalg.pinv(basis[:-1].double()).float() if encoder is None else encoder,
         None if zero < 0 else packed.zero_rows[zero : zero + table.embedding_dim],
         order,
     )

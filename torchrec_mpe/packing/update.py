@@ -11,6 +11,7 @@ from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.ops.update_rows import update_rows_
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.layout import END_PADDING
+from torchrec_mpe.packing.locate_rows import damaged_directory, locate_rows
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.update_coded import CodedRows, locate_coded_rows, write_coded_rows_
 
@@ -136,19 +137,12 @@ def _starts_and_bits(packed: PackedTables, t: int, ids: Tensor) -> tuple[Tensor,
     first = int(packed.weights_offsets[t])
     is_last = t + 1 == len(packed.tables)
     end = packed.weights.numel() - END_PADDING if is_last else int(packed.weights_offsets[t + 1])
-    starts, bits = torch.empty_like(ids), torch.empty_like(ids)
-    damaged = ValueError(f"table {table.name}: the table's directory or runs lead outside its rows")
-    for chunk in range(0, ids.numel(), _CHUNK_ROWS):
-        part = slice(chunk, chunk + _CHUNK_ROWS)
-        try:
-            located = packed.locate(t, ids[part])
-        except IndexError:
-            raise damaged from None
-        starts[part], bits[part] = (located.starts >> 3) + first, located.coding
+    located = locate_rows(packed, t, ids)
+    starts, bits = (located.starts >> 3) + first, located.coding
     kept = bits > 0
     inside = (starts >= first) & (starts + bits * unit <= end) & (bits >= 0) & (bits <= MAX_BITS)
     if not bool((inside | (bits == 0)).all()):
-        raise damaged
+        raise damaged_directory(packed, t)
     return starts.where(kept, first), bits
 
 

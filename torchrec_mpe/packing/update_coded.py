@@ -11,6 +11,7 @@ from torchrec_mpe.ops.reference.bitpack import pack_codes
 from torchrec_mpe.ops.reference.component_codes import write_codes_
 from torchrec_mpe.ops.update_rows import update_rows_
 from torchrec_mpe.packing.encode import encode
+from torchrec_mpe.packing.locate_rows import damaged_directory, locate_rows
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.read_coding import coding_of_table
 from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
@@ -70,28 +71,19 @@ def locate_coded_rows(
         raise TypeError(f"table {table.name}: its encoder must be float32, got {encoder.dtype}")
     if tuple(encoder.shape) != shape:
         raise ValueError(f"table {table.name}: its encoder must be {list(shape)}, got {list(encoder.shape)}")
-    stored = coding_of_table(packed, t, ordered=False)
-    coding = replace(stored, basis=stored.basis.cpu(), encoder=encoder.detach().cpu())
+    stored = coding_of_table(packed, t, ordered=False, encoder=encoder.detach().cpu())
+    coding = replace(stored, basis=stored.basis.cpu())
     runs = packed.runs(t, table.num_embeddings)
     base = torch.tensor([run.base for run in runs], device=ids.device)
     bits = torch.tensor([run.row_bits for run in runs], device=ids.device)
     end = base + bits * torch.tensor([run.rows for run in runs], device=ids.device)
-    starts, of_run = torch.empty_like(ids), torch.empty_like(ids)
-    damaged = ValueError(f"table {table.name}: the table's directory or runs lead outside its rows")
-    for chunk in range(0, ids.numel(), _CHUNK_ROWS):
-        part = slice(chunk, chunk + _CHUNK_ROWS)
-        try:
-            located = packed.locate(t, ids[part])
-        except IndexError:
-            raise damaged from None
-        run = located.runs
-        if not bool((run >= 0).all()):
-            raise damaged
-        inside = (located.starts >= base[run]) & (located.starts + bits[run] <= end[run])
-        if not bool((inside | (bits[run] == 0)).all()):
-            raise damaged
-        starts[part], of_run[part] = located.starts, run
-    return CodedRows(coding, ids, positions, starts + int(packed.weights_offsets[t]) * 8, of_run)
+    starts, _, run = locate_rows(packed, t, ids)
+    if not bool((run >= 0).all()):
+        raise damaged_directory(packed, t)
+    inside = (starts >= base[run]) & (starts + bits[run] <= end[run])
+    if not bool((inside | (bits[run] == 0)).all()):
+        raise damaged_directory(packed, t)
+    return CodedRows(coding, ids, positions, starts + int(packed.weights_offsets[t]) * 8, run)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torchrec_mpe.ops.reference.run_coding import (
     COMPONENT_BLOCKS,
     MAX_COMPONENTS,
     TRANSFORMED,
+    block_bits,
     component_bits,
     level_count,
 )
@@ -134,8 +135,7 @@ def _check_runs_of_tables(packed: PackedTables) -> None:
         if coded and kind not in (Directory.RANKED, Directory.REMAP):
             raise ValueError(f"table {table.name}: a coded table cannot have a {kind.name} directory")
         for coding in (packed.run_records[offsets[t] : offsets[t + 1], 1] >> 32 & 0xFFFFFFFF).tolist():
-            blocks = [coding >> 4 * block & 15 for block in range(len(COMPONENT_BLOCKS))]
-            widths = blocks if coded and coding & TRANSFORMED else [coding]
+            widths = list(block_bits(coding)) if coded and coding & TRANSFORMED else [coding]
             rest = (coding & ~TRANSFORMED) >> 4 * len(COMPONENT_BLOCKS) if len(widths) > 1 else 0
             if rest or not all(0 <= bits <= MAX_BITS for bits in widths):
                 raise ValueError(

@@ -10,16 +10,21 @@ TRANSFORMED = 1 << 31
 """Bit of a run's coding that is set if its rows are transformed; else the coding is the rows' bit-width."""
 
 
+def block_bits(coding: int) -> tuple[int, ...]:
+    """The bit-widths of a transformed run's blocks of components, 5 numbers; that of block i is in bits 4 * i on."""
+    return tuple(coding >> 4 * block & 15 for block in range(len(COMPONENT_BLOCKS)))
+
+
 def component_bits(coding: int, components: int) -> tuple[int, ...]:
     """The bit-widths of a transformed run's components.
 
     Args:
-        coding (int): of the run's record, the width of block i in bits 4 * i to 4 * i + 3.
+        coding (int): of the run's record.
         components (int): K of the table; blocks end there.
     """
     return tuple(
-        coding >> 4 * block & 15
-        for block, (first, stop) in enumerate(COMPONENT_BLOCKS)
+        bits
+        for bits, (first, stop) in zip(block_bits(coding), COMPONENT_BLOCKS, strict=True)
         for _ in range(first, min(stop, components))
     )
 
