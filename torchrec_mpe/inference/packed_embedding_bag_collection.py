@@ -49,7 +49,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             default.
         coded_rows (SparseType): with "fbgemm", the format of rows of coded tables, INT8, INT4 or INT2.
         encoders (Optional[Mapping[str, Tensor]]): float32 [D, K] by coded table, which :meth:`apply_update` needs and
-            no lookup: an attribute, in no buffer, state_dict, artifact or size.
+            no lookup: an attribute, in no buffer, state_dict or size; an artifact holds them.
 
     Raises:
         ValueError: naming the table, if configs and packed tables differ, a table has another pooling type, or a
@@ -187,7 +187,8 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def apply_update(self, rows: Mapping[str, TableRows]) -> dict[str, UpdatedRows]:
         """Give rows new values in place while others look up, see :meth:`PackedTableBatchedEmbeddingBags.apply_update`.
 
-        Rows of coded tables need the table's encoder, which the collections that ``compress`` makes have.
+        Rows of coded tables need the table's encoder, which collections that ``compress`` makes have, and those that
+        ``load`` reads from an artifact that was saved with encoders.
 
         Raises:
             TypeError: with the fbgemm backend, whose rows cannot be updated.

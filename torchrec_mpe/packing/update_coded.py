@@ -41,6 +41,23 @@ class CodedRows:
     runs: Tensor
 
 
+def check_encoder(packed: PackedTables, t: int, encoder: Tensor) -> None:
+    """Refuse what is no encoder of a table, float32 [D, K].
+
+    Raises:
+        TypeError: naming the table, if it has another dtype.
+        ValueError: naming the table, if it has another shape, or the table is not coded.
+    """
+    table, components = packed.tables[t], packed.components_of(t)
+    if components is None:
+        raise ValueError(f"table {table.name} is not coded and has an encoder")
+    if encoder.dtype != torch.float32:
+        raise TypeError(f"table {table.name}: its encoder must be float32, got {encoder.dtype}")
+    shape = [table.embedding_dim, components]
+    if list(encoder.shape) != shape:
+        raise ValueError(f"table {table.name}: its encoder must be {shape}, got {list(encoder.shape)}")
+
+
 def locate_coded_rows(
     packed: PackedTables, t: int, ids: Tensor, positions: Tensor, encoder: Tensor | None
 ) -> CodedRows:
@@ -59,18 +76,14 @@ def locate_coded_rows(
             outside the table's rows.
     """
     table, components = packed.tables[t], int(packed.components[t])
-    shape = (table.embedding_dim, components)
     if encoder is None:
         if components:
             raise ValueError(
                 f"table {table.name} is transform-coded and its encoder is not here: update the collection that "
-                "compress made, which has it in its encoders, or give it as encoders[table]"
+                "compress made or that load read with it, or give it as encoders[table]"
             )
-        encoder = torch.empty(shape)
-    if encoder.dtype != torch.float32:
-        raise TypeError(f"table {table.name}: its encoder must be float32, got {encoder.dtype}")
-    if tuple(encoder.shape) != shape:
-        raise ValueError(f"table {table.name}: its encoder must be {list(shape)}, got {list(encoder.shape)}")
+        encoder = torch.empty(table.embedding_dim, 0)
+    check_encoder(packed, t, encoder)
     stored = coding_of_table(packed, t, ordered=False, encoder=encoder.detach().cpu())
     coding = replace(stored, basis=stored.basis.cpu())
     runs = packed.runs(t, table.num_embeddings)

@@ -94,6 +94,14 @@ def _in_two_files(folder: Path) -> None:
     _in_collection(files=[TABLES, "tables-9-0.safetensors"])(folder)
 
 
+def _encoder(table: str) -> Callable[[Path], Any]:
+    def add(folder: Path) -> None:
+        edit_manifest(folder, lambda d: d["files"][TABLES]["tensors"].update({f"encoder.{table}": ""}))
+        edit_tensors(folder, lambda t: t.update({f"encoder.{table}": torch.zeros(3, 3)}))
+
+    return add
+
+
 def _bytes_of_no_table(folder: Path) -> None:
     """A row's vector that no table reads."""
     edit_tensors(folder, lambda t: t.update(zero_rows=torch.cat([t["zero_rows"], torch.zeros(8)])))
@@ -140,6 +148,8 @@ AT_OPEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "table t2: it has .*, other bit-widths than the declared",
     ),
     "bits after the last row": (_set("directory", 40, 255), "table t1: it has .*, other bit-widths than the declared"),
+    "encoder of plain rows": (_encoder("t1"), "table t1 is not coded and has an encoder"),
+    "encoder of no table": (_encoder("t7"), "there is an encoder of table 't7', which is not there"),
     "path outside": (
         lambda f: edit_manifest(f, lambda d: d["files"].update({"../x.safetensors": d["files"][TABLES]})),
         "'../x.safetensors' does not match",

@@ -168,8 +168,13 @@ def test_rows_can_be_updated_as_they_were_coded(dtype: torch.dtype, tmp_path: Pa
     mpe.save_delta(tmp_path / "delta", rows_of(trained))
     assert coded.first.apply_update(mpe.load_delta(tmp_path / "delta")) == updated
     assert torch.equal(coded.first.packed_tables().weights, before) and size(coded) == size_before
-    mpe.save(coded.first, tmp_path / "artifact")
-    loaded: Any = mpe.load(tmp_path / "artifact")
+    for mmap in (False, True):
+        mpe.save(coded.first, tmp_path / f"artifact-{mmap}")
+        loaded: Any = mpe.load(tmp_path / f"artifact-{mmap}", mmap=mmap)
+        assert loaded.apply_update(rows_of(other)) == updated
+        assert not torch.equal(loaded.packed_tables().weights, before)
+    mpe.save(coded.first, tmp_path / "smaller", encoders=False)
+    loaded = mpe.load(tmp_path / "smaller")
     with pytest.raises(ValueError, match="table users is transform-coded and its encoder is not here: update the coll"):
         loaded.apply_update(rows_of(trained))
     loaded.encoders = coded.first.encoders

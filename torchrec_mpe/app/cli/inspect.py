@@ -48,12 +48,16 @@ def _describe(path: Path) -> str:
     artifact = open_artifact(path, directories=False, digests=False)
     parts = [f"artifact {path}", *_provenance(artifact.manifest)]
     for collection in artifact.manifest["collections"]:
-        packed = artifact.collections[collection["name"]].packed_tables()
+        opened = artifact.collections[collection["name"]]
+        packed = opened.packed_tables()
         widths_of = {table["name"]: table["rows_per_width"] for table in collection["tables"]}
         sizes = size_report(packed, [widths_of[table.name] for table in packed.tables])
         parts += ["", collection["name"] or "embedding bag collection", str(sizes)]
         for table in sizes.tables:
             parts.append(f"  {table.name}: {table.directory_kind}, {table.describe_rows()}")
+        if opened.encoders:
+            encoders = sum(encoder.nbytes for encoder in opened.encoders.values())
+            parts.append(f"encoders of {len(opened.encoders)} tables, which no lookup reads: {encoders:,} bytes")
     if artifact.dense:
         dense = sum(tensor.nbytes for tensor in artifact.dense.values())
         parts += ["", f"dense: {len(artifact.dense)} tensors, {dense:,} bytes"]

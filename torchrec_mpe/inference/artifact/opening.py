@@ -16,10 +16,14 @@ from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddi
 from torchrec_mpe.ops.check_bags import OUTPUT_DTYPES
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape
 from torchrec_mpe.packing.size import size_report
+from torchrec_mpe.packing.update_coded import check_encoder
 from torchrec_mpe.packing.validate import validate_packed_tables
 
 BULK = ("weights", "directory")
 """The tensors whose size grows with the rows of the tables; all others take a few bytes a table and run."""
+
+ENCODER = "encoder."
+"""What the name of an encoder begins with; the table's follows."""
 
 OUTPUT_DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in OUTPUT_DTYPES}
 
@@ -82,10 +86,12 @@ def open_artifact(
         try:
             tensors = tensors_of(entry["files"])
             check_digests(entry["files"], {name: tensor for name, tensor in tensors.items() if name not in BULK})
+            encoders = _take_encoders(tensors)
             # Without a look at remaps and lines, for these may be a thousand times larger than the rest.
             packed, rows_per_width = _packed_tables(entry, tensors)
             if in_memory:
                 packed = PackedTables(packed.tables, **{name: tensor.clone() for name, tensor in tensors.items()})
+                encoders = {name: tensor.clone() for name, tensor in encoders.items()}
             if digests:
                 check_digests(entry["files"], {name: packed.tensors()[name] for name in BULK})
             if directories:
@@ -93,7 +99,7 @@ def open_artifact(
                 for table, declared in zip(size_report(packed).tables, rows_per_width, strict=True):
                     if list(table.rows_per_width) != declared:
                         raise ValueError(f"table {table.name} has other bit-widths than the manifest says")
-            collections[entry["name"]] = _collection(entry, packed)
+            collections[entry["name"]] = _collection(entry, packed, encoders)
         except (TypeError, ValueError) as error:
             what = f"collection {entry['name']!r}" if entry["name"] else "its collection"
             raise ValueError(f"{folder}: {what} is not what the manifest says: {error}") from error
@@ -137,7 +143,20 @@ def _packed_tables(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
     return packed, rows_per_width
 
 
-def _collection(entry: Mapping[str, Any], packed: PackedTables) -> PackedEmbeddingBagCollection:
+def _take_encoders(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a collection's tensors that are encoders, by table, and no longer among them."""
+    names = [name for name in tensors if name.startswith(ENCODER)]
+    return {name.removeprefix(ENCODER): tensors.pop(name) for name in names}
+
+
+def _collection(
+    entry: Mapping[str, Any], packed: PackedTables, encoders: Mapping[str, Tensor]
+) -> PackedEmbeddingBagCollection:
+    for t, table in enumerate(packed.tables):
+        if table.name in encoders:
+            check_encoder(packed, t, encoders[table.name])
+    if others := sorted(encoders.keys() - {table.name for table in packed.tables}):
+        raise ValueError(f"there is an encoder of table {others[0]!r:.200}, which is not there")
     configs = [
         EmbeddingBagConfig(
             name=table["name"],
@@ -149,4 +168,4 @@ def _collection(entry: Mapping[str, Any], packed: PackedTables) -> PackedEmbeddi
         for table in entry["tables"]
     ]
     dtype: torch.dtype = OUTPUT_DTYPES_BY_NAME[entry["output_dtype"]]
-    return PackedEmbeddingBagCollection(configs, packed, entry["is_weighted"], dtype)
+    return PackedEmbeddingBagCollection(configs, packed, entry["is_weighted"], dtype, encoders=encoders)

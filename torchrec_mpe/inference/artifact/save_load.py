@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from torchrec_mpe.files.atomic import atomic_directory
 from torchrec_mpe.inference.artifact.manifest import write_manifest
-from torchrec_mpe.inference.artifact.opening import Artifact, open_artifact
+from torchrec_mpe.inference.artifact.opening import ENCODER, Artifact, open_artifact
 from torchrec_mpe.inference.artifact.provenance import check_plan, provenance
 from torchrec_mpe.inference.artifact.tensor_files import write_tensors
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
@@ -26,6 +26,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     plan: PrecisionPlan | None = None,
     max_file_bytes: int = 4 << 30,
+    encoders: bool = True,
 ) -> None:
     """Write an emitted model; the folder appears complete or not at all.
 
@@ -46,6 +47,8 @@ def save(
             manifest.
         max_file_bytes (int): a further file is begun where a tensor would make one larger. Tensors are not split, so
             that each can be memory-mapped: the rows of a collection lie in one file, however large.
+        encoders (bool): also write the encoders of coded tables, 4 D K bytes a table, where the model has them: only
+            with them can rows of the loaded tables be updated. No lookup reads them.
 
     Raises:
         ValueError: if the model has no packed collection, or metadata is no JSON; naming the table, if it is not packed
@@ -69,7 +72,10 @@ def save(
         files: dict[str, Any] = {}
         collections = []
         for k, (name, module) in enumerate(packed.items()):
-            written = write_tensors(folder, f"tables-{k}", module.packed_tables().tensors(), max_file_bytes)
+            tensors = dict(module.packed_tables().tensors())
+            if encoders:
+                tensors |= {ENCODER + table: tensor for table, tensor in module.encoders.items() if tensor.numel()}
+            written = write_tensors(folder, f"tables-{k}", tensors, max_file_bytes)
             collections.append({**_collection(name, module), "files": list(written)})
             files |= written
         files |= write_tensors(folder, "dense", dense, max_file_bytes)
