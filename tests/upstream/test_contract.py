@@ -40,7 +40,7 @@ from torchrec_mpe.upstream.modules import (
     replace_buffers,
     running_statistics,
 )
-from torchrec_mpe.upstream.optimizers import optimizer_in_backward, tbe_of, torch_optimizer_of
+from torchrec_mpe.upstream.optimizers import optimizer_in_backward, optimizer_inside, tbe_of
 from torchrec_mpe.upstream.planner import (
     EmbeddingPerfEstimator,
     EmbeddingStorageEstimator,
@@ -297,7 +297,7 @@ def test_optimizers_give_away_what_they_wrap(one_rank: None) -> None:
     assert tbe_of(bag.fused_optimizer) is bag.emb_module, "EmbeddingFusedOptimizer._emb_module is gone"
     weight = nn.Parameter(torch.zeros(2))
     wrapper = KeyedOptimizerWrapper({"w": weight}, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    assert isinstance(torch_optimizer_of(wrapper), torch.optim.SGD), "KeyedOptimizerWrapper._optimizer is gone"
+    assert isinstance(optimizer_inside(wrapper), torch.optim.SGD), "KeyedOptimizerWrapper._optimizer is gone"
 
 
 def test_an_optimizer_in_backward_is_noted_on_the_weight() -> None:

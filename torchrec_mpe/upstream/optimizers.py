@@ -7,7 +7,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.optim.fused import FusedOptimizer
-from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.keyed import KeyedOptimizerWrapper, OptimizerWrapper
 
 
 def tbe_of(optimizer: FusedOptimizer) -> Any:
@@ -15,8 +15,8 @@ def tbe_of(optimizer: FusedOptimizer) -> Any:
     return optimizer._emb_module
 
 
-def torch_optimizer_of(wrapper: KeyedOptimizerWrapper) -> torch.optim.Optimizer:
-    """The torch optimizer that was wrapped."""
+def optimizer_inside(wrapper: KeyedOptimizerWrapper | OptimizerWrapper) -> torch.optim.Optimizer:
+    """The optimizer that was wrapped: torch's in a KeyedOptimizerWrapper, else a KeyedOptimizer."""
     optimizer: torch.optim.Optimizer = wrapper._optimizer
     return optimizer
 

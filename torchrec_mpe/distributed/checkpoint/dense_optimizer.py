@@ -6,35 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_mpe.upstream.checkpoint import SavedTensor
-from torchrec_mpe.upstream.optimizers import torch_optimizer_of
 from torchrec_mpe.upstream.sharded_tensor import Shard, ShardedTensor, like_shards_of
 
 STATE = "optimizer."
 NUMBER = "optimizer_number."
-
-
-def torch_optimizers(
-    optimizer: torch.optim.Optimizer | None, fused: KeyedOptimizer | None
-) -> list[torch.optim.Optimizer]:
-    """The torch optimizers within what a user trains with, without the fused one, which is saved as its tables are.
-
-    Raises:
-        TypeError: if it is a KeyedOptimizer other than a wrapper around a torch optimizer or a combination of such.
-    """
-    if optimizer is None or optimizer is fused:
-        return []
-    if isinstance(optimizer, CombinedOptimizer):
-        return [inner for _, part in optimizer.optimizers for inner in torch_optimizers(part, fused)]
-    if type(optimizer) is KeyedOptimizerWrapper:
-        return torch_optimizers(torch_optimizer_of(optimizer), fused)
-    if isinstance(optimizer, KeyedOptimizer):
-        raise TypeError(
-            f"{type(optimizer).__name__} cannot be saved by parameter name: give the torch optimizer inside it"
-        )
-    return [optimizer]
 
 
 class DenseOptimizers:
@@ -79,7 +56,9 @@ class DenseOptimizers:
         found: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
-                name = self._name[id(parameter)]
+                name = self._name.get(id(parameter))
+                if name is None:  # a wrapper's own
+                    continue
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         found[f"{STATE}{name}.{key}"] = self._sharded(name, key, value, parameter)
@@ -150,12 +129,17 @@ class DenseOptimizers:
             states.setdefault(name, {})[state] = value.item() if key.startswith(NUMBER) else value
         for optimizer, groups in zip(self._optimizers, saved, strict=True):
             names = [self._name[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            numbers = iter(range(len(names)))
             restored = [
-                {**group, **{key: _like(group.get(key), v) for key, v in before.items() if key != "params"}}
-                for group, before in zip(optimizer.state_dict()["param_groups"], groups, strict=True)
+                {
+                    **group,
+                    **{key: _like(group.get(key), v) for key, v in before.items()},
+                    "params": [next(numbers) for _ in group["params"]],
+                }
+                for group, before in zip(optimizer.param_groups, groups, strict=True)
             ]
             state_by_number = {k: states[name] for k, name in enumerate(names) if name in states}
-            optimizer.load_state_dict({"state": state_by_number, "param_groups": restored})
+            _load_in_place(optimizer, {"state": state_by_number, "param_groups": restored})
 
     def _sharded(self, name: str, key: str, value: Tensor, parameter: Tensor) -> Tensor:
         """The state of a table's local shards as a ShardedTensor of the table; other state as it is."""
@@ -183,6 +167,20 @@ class DenseOptimizers:
             "params": sorted(name for name in names if name not in self._tables),
             **{key: _as_json(key, value) for key, value in group.items() if key != "params"},
         }
+
+
+def _load_in_place(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """``load_state_dict`` into the objects that wrappers and schedules of the optimizer hold, and not into new ones."""
+    state, groups = optimizer.state, optimizer.param_groups
+    updated = {parameter for group in groups for parameter in group["params"]}
+    optimizer.load_state_dict(state_dict)
+    for parameter in updated:
+        state.pop(parameter, None)
+    state.update(optimizer.state)
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        group.clear()
+        group.update(loaded)
+    optimizer.state, optimizer.param_groups = state, groups
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """State of the optimizers fused into FBGEMM's TBEs, and which of it can move between two shardings."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,35 @@ def fused_numbers(model: DistributedModelParallel) -> dict[str, Tensor]:
         pair = torch.tensor([steps, tbe.get_learning_rate()], dtype=torch.float64)
         numbers.update(dict.fromkeys(parameters, pair))
     return numbers
+
+
+def fused_hyperparameters(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """Numbers of the parameter group of each table of this rank, float64 [], ``<parameter>.<hyperparameter>``.
+
+    The learning rate is that of the next step: the TBE is told of it only when that begins. Schedulers add others.
+    """
+    numbers: dict[str, Tensor] = {}
+    for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
+        for group in optimizer.param_groups:
+            for key, value in group.items():
+                if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+                    number = torch.tensor(float(value), dtype=torch.float64)
+                    numbers.update({f"{parameter}.{key}": number for parameter in parameters})
+    return numbers
+
+
+def set_fused_hyperparameters(model: DistributedModelParallel, numbers: Mapping[str, Tensor]) -> None:
+    """Set the parameter groups to what :func:`fused_hyperparameters` returned, those of tables that are in it."""
+    for parameters, optimizer in _fused_optimizers(model.fused_optimizer):
+        found: dict[str, float] = {}
+        for name, number in numbers.items():
+            parameter, _, key = name.rpartition(".")
+            if parameter in parameters:
+                found[key] = max(float(number), found.get(key, -math.inf))
+        for group in optimizer.param_groups:
+            for key, value in found.items():
+                kind = type(group[key]) if isinstance(group.get(key), bool | int) else float
+                group[key] = kind(value)
 
 
 def set_fused_numbers(model: DistributedModelParallel, numbers: Mapping[str, Tensor], fresh: set[str]) -> None:

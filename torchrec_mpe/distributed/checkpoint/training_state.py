@@ -17,17 +17,20 @@ from torchrec_mpe.distributed.checkpoint.cached_tables import (
     set_cache_progress,
 )
 from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint, search_config_to_json
-from torchrec_mpe.distributed.checkpoint.dense_optimizer import DenseOptimizers, torch_optimizers
+from torchrec_mpe.distributed.checkpoint.dense_optimizer import DenseOptimizers
 from torchrec_mpe.distributed.checkpoint.fused_optimizer import (
     clear_fused_state,
     describe_tables,
+    fused_hyperparameters,
     fused_numbers,
     fused_state,
     global_size,
     immovable,
     refusal,
+    set_fused_hyperparameters,
     set_fused_numbers,
 )
+from torchrec_mpe.distributed.checkpoint.optimizer_wrappers import WrapperStates, optimizer_parts
 from torchrec_mpe.distributed.checkpoint.preparation import phase_of, search_config_of
 from torchrec_mpe.distributed.checkpoint.rng import derive_rng_state, rng_state, set_rng_state
 from torchrec_mpe.upstream.checkpoint import SavedTensor
@@ -36,7 +39,7 @@ from torchrec_mpe.upstream.sharded_tensor import ShardedTensor
 OptimizerStateChoice = bool | Literal["where possible"]
 
 _MODEL, _BUFFERS, _FUSED, _FUSED_NUMBERS, _RNG = "model.", "buffers.", "fused.", "fused_numbers.", "rng."
-_CACHES = "caches."
+_FUSED_HYPERPARAMETERS, _CACHES = "fused_hyperparameters.", "caches."
 
 
 class TrainingState:
@@ -62,10 +65,13 @@ class TrainingState:
             if not isinstance(value, Tensor):
                 raise TypeError(f"the model's state {name} is a {type(value).__name__}: only tensors can be saved")
         fused = None if self._sharded is None else self._sharded.fused_optimizer
-        optimizers = torch_optimizers(optimizer, fused)
+        parts = optimizer_parts(optimizer, fused)
         self._tables = {} if self._sharded is None else describe_tables(self._sharded, self._state_dict)
-        self._dense = DenseOptimizers(optimizers, dict(model.named_parameters()), self._state_dict, self._tables.keys())
-        self._has_dense = bool(optimizers)
+        self._dense = DenseOptimizers(
+            parts.dense, dict(model.named_parameters()), self._state_dict, self._tables.keys()
+        )
+        self._has_dense = bool(parts.dense)
+        self._wrappers = WrapperStates(parts.wrappers)
         self._fused = {} if self._sharded is None else fused_state(self._sharded)
         self._numbers = {} if self._sharded is None else fused_numbers(self._sharded)
         buffers = {name for name, _ in model.named_buffers()}
@@ -89,8 +95,10 @@ class TrainingState:
             **self._of_model(rank, local_buffers),
             **_prefixed(_FUSED, self._fused),
             **_prefixed(_FUSED_NUMBERS, self._numbers),
+            **_prefixed(_FUSED_HYPERPARAMETERS, self._hyperparameters()),
             **_prefixed(_CACHES, cache_progress(self._model)),
             **self._dense.tensors(),
+            **self._wrappers.tensors(),
             **_prefixed(f"{_RNG}{rank}.", rng_state(self._device)),
         }
 
@@ -101,6 +109,7 @@ class TrainingState:
             "search_config": search_config_to_json(self.search_config),
             "layout_digests": self.layout_digests(),
             "optimizers": self._dense.hyperparameters(),
+            "optimizer_wrappers": self._wrappers.names(),
         }
 
     def local_tables(self) -> dict[str, dict[str, Any]]:
@@ -142,6 +151,8 @@ class TrainingState:
                 raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {saved[key].size}")
         if self._has_dense:
             self._dense.check(checkpoint.manifest["optimizers"])
+        if self._has_dense or self._wrappers.names():
+            self._wrappers.check(checkpoint.manifest)
 
     def without_state(
         self, checkpoint: Checkpoint, tables: Mapping[str, Mapping[str, Any]], wanted: OptimizerStateChoice
@@ -181,6 +192,13 @@ class TrainingState:
             **_prefixed(_FUSED_NUMBERS, numbers),
             **cache_progress_targets(self._model, saved, _CACHES),
             **self._dense.targets(saved),
+            **self._wrappers.targets(saved),
+            **{
+                key: torch.empty(entry.size, dtype=entry.dtype)
+                for key, entry in saved.items()
+                if key.startswith(_FUSED_HYPERPARAMETERS)
+                and key.removeprefix(_FUSED_HYPERPARAMETERS).rpartition(".")[0] in self._numbers
+            },
             **{
                 key: torch.empty(entry.size, dtype=entry.dtype)
                 for key, entry in saved.items()
@@ -195,18 +213,22 @@ class TrainingState:
         # Rows and quantizers are in place: this lets modules drop what they had cached of them.
         self._model.load_state_dict(dict(self._state_dict))
         clear_cached_optimizer_state(self._model, fresh)
-        progress = {key.removeprefix(_CACHES): t for key, t in targets.items() if key.startswith(_CACHES)}
-        set_cache_progress(self._model, progress)
+        set_cache_progress(self._model, _without(_CACHES, targets))
         if self._sharded is not None:
             clear_fused_state({name: t for name, t in self._fused.items() if _of(name, fresh)})
             set_fused_numbers(self._sharded, self._numbers, fresh)
+            set_fused_hyperparameters(self._sharded, _without(_FUSED_HYPERPARAMETERS, targets))
         if self._has_dense:
             self._dense.set(checkpoint.manifest["optimizers"])
+        self._wrappers.set()
         generators = {key.split(".")[2]: t for key, t in targets.items() if key.startswith(_RNG)}
         if world_size == checkpoint.world_size:
             set_rng_state(generators, self._device)
         else:
             derive_rng_state(generators["torch"], checkpoint.world_size, rank, world_size)
+
+    def _hyperparameters(self) -> dict[str, Tensor]:
+        return {} if self._sharded is None else fused_hyperparameters(self._sharded)
 
     def _of_model(self, rank: int, local_buffers: Collection[str]) -> dict[str, Tensor]:
         return {
@@ -231,6 +253,11 @@ def _refuse(names: list[str], said: str) -> None:
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _of(state: str, parameters: set[str]) -> bool:
