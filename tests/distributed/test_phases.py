@@ -197,12 +197,3 @@ def test_collections_of_different_settings_give_no_plan() -> None:
         parts.append(part)
     with pytest.raises(ValueError, match="different SearchConfigs"):
         mpe.sample_precision(nn.ModuleList(parts))
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_ids_outside_the_table_read_row_0_as_in_fbgemm(dtype: torch.dtype) -> None:
-    model = adagrad(Case((TW,), phase="retrain"))
-    names, lengths = ["a", "b", "c", "d"], torch.ones(4, dtype=torch.int64)
-    good = KeyedJaggedTensor.from_lengths_sync(names, torch.tensor([0, 1, 2, 3], dtype=dtype), lengths)
-    bad = KeyedJaggedTensor.from_lengths_sync(names, torch.tensor([10**6, 1, 2, 3], dtype=dtype), lengths)
-    torch.testing.assert_close(model(bad), model(good), rtol=0, atol=0)

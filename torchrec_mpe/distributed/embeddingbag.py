@@ -14,18 +14,20 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, Emb
 from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_mpe.distributed.local_counts import LocalCounts
 from torchrec_mpe.distributed.pooled_lookup import MPEPooledLookup
 from torchrec_mpe.distributed.row_shard import RowShard, TensorShard, shard_offsets
 from torchrec_mpe.distributed.sharded_order import ShardedOrder
+from torchrec_mpe.modules.check_ids import check_ids, rows_of_features
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.row_quantizer import RowQuantizer
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.optimizers import without_optimizers_in_backward_
 from torchrec_mpe.upstream.pooled_lookup import EmbeddingKernel
 from torchrec_mpe.upstream.sharded_embeddingbag import OpenShardedEmbeddingBagCollection
-from torchrec_mpe.upstream.tbe import SplitTableBatchedEmbeddingBagsCodegen, set_steps
+from torchrec_mpe.upstream.tbe import BoundsCheckMode, SplitTableBatchedEmbeddingBagsCodegen, set_steps
 
 # Kernels whose rows can be had unpooled, in the order of preference on a GPU.
 QUANTIZED_KERNELS = tuple(
@@ -74,11 +76,21 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
         for table in module.embedding_bag_configs():
             sharding = table_name_to_parameter_sharding[table.name]
             _refuse_wrong_sharding(module, table, sharding, self.quantized_kernels)
+        # FBGEMM's own default is WARNING, which trains row 0 in place of what is no row.
+        fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL, **(fused_params or {})}
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        modes = {
+            table: sharding.bounds_check_mode or fused_params["bounds_check_mode"]
+            for table, sharding in table_name_to_parameter_sharding.items()
+        }
+        self._rows_of_features = rows_of_features(module.embedding_bag_configs(), modes)
         self._counts: LocalCounts | None = None
         self.phase = module.phase
         self.row_initialization = module.row_initialization
         if self.phase is not Phase.PLAIN:
+            for quantizer in module.quantizers().values():
+                # Given for the collection's rows, after it was prepared: quantizers are trained with the dense network.
+                without_optimizers_in_backward_(quantizer)
             self._shard_row_maps(module.quantizers())
             self._check_same_on_all_ranks()
         if self.row_initialization is not None:
@@ -215,6 +227,17 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
                 "the ranks were prepared with different counts or plans: add up the counts of all ranks with "
                 "FrequencyCounter.merge_across_ranks() before prepare_search_, and give every rank the same plan"
             )
+
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
+        """TorchRec's, once ids are known to be rows of their tables.
+
+        Raises:
+            IndexError: naming table and feature, for an id that is none, unless the TBEs' ``bounds_check_mode`` is
+                another than FATAL: :func:`torchrec_mpe.modules.check_ids.check_ids`.
+        """
+        if isinstance(features, KeyedJaggedTensor):
+            features = check_ids(features, self._rows_of_features)
+        return super().input_dist(ctx, features)
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Lookup, quantize and pool, and output dist.

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from torchrec_mpe.modules.check_ids import check_ids, rows_of_features
 from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, RowQuantizer, SearchQuantizer
 from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.ops.bags import MEAN, SUM, Bags
@@ -25,7 +26,7 @@ from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.groups import FeatureGroups, equal_groups, log_rank_groups
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.embedding_bag_collection import set_device
-from torchrec_mpe.upstream.modules import buffers_of
+from torchrec_mpe.upstream.optimizers import optimizer_in_backward
 
 # 12 groups a table: with 32 most groups see too few lookups in an epoch for the search to tell them from noise.
 _DEFAULT_GROUPS = {"log_rank": 12, "paper": 128}
@@ -72,6 +73,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         super().__init__(tables=tables, is_weighted=is_weighted, device=device)
         self.phase = Phase.PLAIN
         self.row_initialization: RowInitialization | None = None
+        self._row_maps: dict[int, Tensor] = {}  # by embedding dimension
 
     @classmethod
     def from_plain(cls, module: EmbeddingBagCollection) -> "MPEEmbeddingBagCollection":
@@ -135,8 +137,7 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
 
     def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Enter the search or retrain phase, rows at their initial values."""
-        for dim in self.quantizers():
-            buffers_of(self).pop(_row_map_name(dim), None)
+        self._row_maps = {}
         self.mpe = nn.ModuleDict({f"dim_{dim}": quantizer for dim, quantizer in quantizers.items()})
         self.phase = phase
         self.row_initialization = initialization
@@ -170,8 +171,13 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
 
         Returns:
             KeyedTensor: [B, sum of the features' embedding dimensions], float32.
+
+        Raises:
+            IndexError: naming table and feature, for an id that is no row.
+            ValueError: if quantizers have an optimizer in backward, which would train them as if they were rows.
         """
-        features = maybe_td_to_kjt(features, None)
+        self._refuse_optimizers_in_backward()
+        features = check_ids(maybe_td_to_kjt(features, None), rows_of_features(self.embedding_bag_configs()))
         # Not KeyedJaggedTensor.to_dict, which fails on an empty batch.
         number = {key: k for k, key in enumerate(features.keys())}
         ids_per_key, bags_per_key = features.length_per_key(), features.stride_per_key()
@@ -216,13 +222,23 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         )
 
     def _row_map(self, quantizer: RowQuantizer) -> Tensor:
-        """What each row of the quantizer's tables belongs to, made at the first lookup: a sharded model needs none."""
-        name = _row_map_name(quantizer.embedding_dim)
-        if name not in buffers_of(self):
-            maps = [quantizer.row_map(table) for table in quantizer.num_embeddings]
-            self.register_buffer(name, torch.cat(maps).to(quantizer.beta.device), persistent=False)
-        row_map: Tensor = self.get_buffer(name)
-        return row_map
+        """What each row of the quantizer's tables belongs to, made at the first lookup: a sharded model needs none.
+
+        No buffer: one that came into being in forward would be missing in copies that were made before.
+        """
+        dim, device = quantizer.embedding_dim, quantizer.beta.device
+        if dim not in self._row_maps or self._row_maps[dim].device != device:
+            self._row_maps[dim] = torch.cat([quantizer.row_map(table) for table in quantizer.num_embeddings]).to(device)
+        return self._row_maps[dim]
+
+    def _refuse_optimizers_in_backward(self) -> None:
+        for dim, quantizer in self.quantizers().items():
+            if any(optimizer_in_backward(parameter) for parameter in quantizer.parameters()):
+                raise ValueError(
+                    f"apply_optimizer_in_backward was given the quantizers of dimension {dim} (mpe.dim_{dim}) with the "
+                    "rows: give it embedding_bags.parameters() of the collection, or call it before the collection is "
+                    "prepared; a sharded collection minds neither"
+                )
 
     def _refuse_unsupported(self) -> None:
         for table in self.embedding_bag_configs():
@@ -237,10 +253,6 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     f"table {table.name} has data type {table.data_type.value}: rows are trained in FP32 and packed "
                     "to their bit-widths afterwards"
                 )
-
-
-def _row_map_name(dim: int) -> str:
-    return f"row_map_dim_{dim}"
 
 
 def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups:
