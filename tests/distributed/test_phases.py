@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from tests.distributed.equality import INITIALIZATION, TW, Case, local_batch, prepared_model, shard, tables, two_steps
