@@ -50,7 +50,7 @@ def test_penalty_lowers_bits() -> None:
 
 
 def test_penalty_needs_the_search_phase() -> None:
-    with pytest.raises(ValueError, match="prepare_search_ first"):
+    with pytest.raises(ValueError, match="prepare_search_ before it is sharded"):
         mpe.bit_penalty(mpe.MPEEmbeddingBagCollection(TABLES))
 
 

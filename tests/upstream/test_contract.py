@@ -27,10 +27,13 @@ from torchrec.distributed.planner.types import Shard as PlannedShard
 from torchrec.distributed.planner.types import ShardingOption, Topology
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_mpe.upstream import checkpoint, export, process_group, sharded_tensor, tensors
+from torchrec_mpe.upstream import checkpoint, export, feature_processed, process_group, sharded_tensor, tensors
 from torchrec_mpe.upstream.embedding_bag_collection import set_device, tables_of_sharded
 from torchrec_mpe.upstream.fused_optimizers import DEFAULT_OPTIMIZER, FUSED_OPTIMIZERS, traits_of
 from torchrec_mpe.upstream.modules import (
@@ -40,7 +43,12 @@ from torchrec_mpe.upstream.modules import (
     replace_buffers,
     running_statistics,
 )
-from torchrec_mpe.upstream.optimizers import optimizer_in_backward, optimizer_inside, tbe_of
+from torchrec_mpe.upstream.optimizers import (
+    optimizer_in_backward,
+    optimizer_inside,
+    tbe_of,
+    without_optimizers_in_backward_,
+)
 from torchrec_mpe.upstream.planner import (
     EmbeddingPerfEstimator,
     EmbeddingStorageEstimator,
@@ -451,3 +459,30 @@ def test_programs_for_any_batch_and_what_they_hold() -> None:
     assert not any(t.is_meta for t in program.state_dict.values())
     with pytest.raises(export.CannotTraceError):
         export.trace(linear, (torch.ones(3, 2),), ({1: torch.export.Dim("columns")},))
+
+
+def test_feature_processed_collections(one_rank: None) -> None:
+    config = EmbeddingBagConfig(name="t", num_embeddings=8, embedding_dim=4, feature_names=["f"])
+    ebc = EmbeddingBagCollection([config], is_weighted=True)
+    module = FeatureProcessedEmbeddingBagCollection(ebc, PositionWeightedModuleCollection({"f": 3}))
+    assert feature_processed.collection_inside(module) is ebc, "_embedding_bag_collection has another name"
+    sharders: list[Any] = [feature_processed.FeatureProcessedSharder([EmbeddingBagCollectionSharder()])]
+    dmp = DistributedModelParallel(module, device=torch.device("cpu"), sharders=sharders)
+    sharded: Any = dmp.module
+    assert isinstance(sharded, feature_processed.OpenShardedFeatureProcessedEmbeddingBagCollection)
+    assert isinstance(sharded._no_op_zero, torch.Tensor) and sharded._feature_processors is not None
+    features = KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([1, 2]), torch.tensor([1, 1]))
+    assert dmp(features).wait()._values.shape == (2, 4), "KeyedTensor._values has another name"
+    whole = feature_processed.unsharded_around(sharded, ebc)
+    assert whole._feature_processors._pre_processed is False, "_pre_processed has another name"
+    torch.testing.assert_close(whole(features)["f"].shape, torch.Size([2, 4]))
+
+
+def test_marks_of_an_optimizer_in_backward() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.warns(DeprecationWarning):
+        apply_optimizer_in_backward(torch.optim.SGD, layer.parameters(), {"lr": 1.0})
+    before = layer.weight.detach().clone()
+    without_optimizers_in_backward_(layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is not None and torch.equal(layer.weight, before), "_in_backward_optimizers is gone"

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase, build_retrain_quantizers
@@ -15,6 +17,8 @@ from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.data_parallel import rewrap_data_parallel
+
+_SHARDED_AS_PREPARED = (EmbeddingBagCollection, FeatureProcessedEmbeddingBagCollection)
 
 
 def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: SearchConfig | None = None) -> nn.Module:
@@ -32,7 +36,8 @@ def prepare_search_(model: nn.Module, counts: Mapping[str, Tensor], config: Sear
         nn.Module: ``model``, or its replacement if it is itself a plain EmbeddingBagCollection.
 
     Raises:
-        ValueError: if there is no collection, one is sharded already, or one has weighted mean pooling.
+        ValueError: if there is no collection, one is sharded already, has weighted mean pooling, or is in a module that
+            TorchRec shards as a whole, other than a FeatureProcessedEmbeddingBagCollection.
         KeyError: if counts of a table are missing.
 
     Example::
@@ -133,6 +138,21 @@ def _refuse_stock_collections(model: nn.Module) -> None:
             )
 
 
+def _refuse_collections_in_others(model: nn.Module) -> None:
+    """TorchRec shards some modules with the collection in them, by a sharder of their own that knows no quantizers."""
+    own = {sharder.module_type for sharder in get_default_sharders()}
+    for name, module in model.named_modules():
+        if type(module) not in own or isinstance(module, _SHARDED_AS_PREPARED):
+            continue
+        for inner in module.modules():
+            if isinstance(inner, EmbeddingBagCollection):
+                tables = ", ".join(table.name for table in inner.embedding_bag_configs())
+                raise ValueError(
+                    f"tables {tables} are in {name or 'the model'}, a {type(module).__name__}, which TorchRec shards "
+                    "as a whole and without quantizing rows: put them into an EmbeddingBagCollection of its own"
+                )
+
+
 def _sharded_collections(model: nn.Module) -> Iterator[ShardedMPEEmbeddingBagCollection]:
     return (module for module in model.modules() if isinstance(module, ShardedMPEEmbeddingBagCollection))
 
@@ -152,6 +172,7 @@ def _enter_phase(
     }
     if not found:
         raise ValueError(f"{type(model).__name__} holds no EmbeddingBagCollection")
+    _refuse_collections_in_others(model)
     embedding_bag_configs(model)  # refuses a table name that two collections use
     ours = {
         id(module): module

@@ -1,6 +1,5 @@
 """From a retrained model to an inference model with packed rows."""
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollection
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.inference.agreement import check_agreement
+from torchrec_mpe.inference.copy_around import copy_around
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.inference.probe import draw_probe, probe_ids
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
@@ -51,6 +51,7 @@ def emit_inference_model(
 
     Returns:
         nn.Module: the unwrapped model on its device, with PackedEmbeddingBagCollections in place of the trained ones.
+            Other sharded modules in it, such as a ShardedEmbeddingCollection, are those of ``model``.
 
     Raises:
         RuntimeError: naming table and feature, if packed and retrained embeddings of the probe batch differ.
@@ -69,10 +70,8 @@ def emit_inference_model(
             )
     names = [config.name for module in collections.values() for config in module.embedding_bag_configs()]
     chosen = directory_by_table(names, directory)
-    # deepcopy finds the packed collections in its memo and never touches the trained rows.
-    memo = {id(module): _pack(module, output_dtype, chosen, probe) for module in collections.values()}
-    emitted: nn.Module = copy.deepcopy(source, memo)
-    return emitted.eval()
+    packed = {module: _pack(module, output_dtype, chosen, probe) for module in collections.values()}
+    return copy_around(source, packed).eval()
 
 
 def _pack(

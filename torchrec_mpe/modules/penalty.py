@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection
 from torchrec_mpe.modules.row_quantizer import SearchQuantizer
 
 
@@ -10,11 +12,22 @@ def search_quantizers(model: nn.Module) -> list[SearchQuantizer]:
     """The search quantizers of a model, plain or sharded.
 
     Raises:
-        ValueError: if there is none, that is, the model is not in the search phase.
+        ValueError: if there is none, that is, the model is not in the search phase; or a DistributedModelParallel was
+            made without our sharders, and trains fp32 rows on every rank.
     """
+    if isinstance(model, DistributedModelParallel):
+        for name, module in model.named_modules():
+            if isinstance(module, MPEEmbeddingBagCollection):
+                raise ValueError(
+                    f"collection {name} is not sharded: give torchrec_mpe.sharders() to "
+                    "DistributedModelParallel and to the planner"
+                )
     found = [module for module in model.modules() if isinstance(module, SearchQuantizer)]
     if not found:
-        raise ValueError("the model is not in the search phase: call prepare_search_ first")
+        raise ValueError(
+            "the model is not in the search phase: call prepare_search_ before it is sharded, with the sharders of "
+            "torchrec_mpe.sharders()"
+        )
     return found
 
 

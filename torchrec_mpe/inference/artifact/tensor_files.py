@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchrec_mpe.upstream.sharded_tensor import ShardedTensor
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -46,9 +49,11 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_fi
         dict[str, Any]: of each file, the SHA-256 of its header and of each tensor's bytes, for the manifest.
 
     Raises:
-        ValueError: naming the tensor, if it has a dtype or layout that is not stored.
+        ValueError: naming the tensor, if it is sharded or has a dtype or layout that is not stored.
     """
     for name, tensor in tensors.items():
+        if isinstance(tensor, ShardedTensor | DTensor):
+            raise ValueError(f"tensor {name} is sharded: an artifact holds whole tensors")
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             raise ValueError(f"tensor {name} is {kind}: an artifact holds dense {', '.join(map(str, _NAMES))}")

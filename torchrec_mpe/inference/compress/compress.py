@@ -1,6 +1,5 @@
 """A trained model with transform-coded tables in place of its rows."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -15,6 +14,7 @@ from torchrec_mpe.distributed.embeddingbag import ShardedMPEEmbeddingBagCollecti
 from torchrec_mpe.inference.compress.code_collections import CollectionToCode, code_collections
 from torchrec_mpe.inference.compress.evaluated import mean_over_ranks, ranks_of
 from torchrec_mpe.inference.compress.rows import Collection, owned_rows
+from torchrec_mpe.inference.copy_around import copy_around
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.upstream.embedding_bag_collection import is_weighted, tables_of_sharded
@@ -66,6 +66,7 @@ def compress(
 
     Returns:
         nn.Module: the unwrapped model on its device, with PackedEmbeddingBagCollections in place of its collections.
+            Other sharded modules in it, such as a ShardedEmbeddingCollection, are those of ``model``.
 
     Raises:
         KeyError: naming the table, if counts or curvature lack it.
@@ -95,9 +96,7 @@ def compress(
         output_dtype=output_dtype,
         progress=progress,
     )
-    # deepcopy finds the packed collections in its memo and never touches the trained rows.
-    memo = {id(module): packed for module, packed in zip(collections, coded.packed, strict=True)}
-    compressed: nn.Module = copy.deepcopy(source, memo).eval()
+    compressed = copy_around(source, dict(zip(collections, coded.packed, strict=True))).eval()
     if score is None:
         if unseen == "model":
             read_unseen_(compressed, coded.unseen_means())

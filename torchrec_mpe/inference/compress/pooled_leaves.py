@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
+from torchrec_mpe.upstream.feature_processed import sharded_collection_inside
 
 
 class PooledLeaves:
@@ -36,8 +37,15 @@ class PooledLeaves:
         if not self.configs:
             raise ValueError(f"{type(model).__name__} holds no EmbeddingBagCollection")
         self._table_of_embedding: dict[nn.Module, dict[str, str]] = {}
+        around: set[nn.Module] = set()
         for module in model.modules():
-            if isinstance(module, ShardedEmbeddingBagCollection):
+            # One around a sharded collection does not call it, and puts out the same.
+            if inner := sharded_collection_inside(module):
+                around.add(inner)
+                self._table_of_embedding[module] = _table_of_embedding(tables_of_sharded(inner))
+            elif module in around:
+                continue
+            elif isinstance(module, ShardedEmbeddingBagCollection):
                 self._table_of_embedding[module] = _table_of_embedding(tables_of_sharded(module))
             elif isinstance(module, EmbeddingBagCollectionInterface):
                 self._table_of_embedding[module] = _table_of_embedding(module.embedding_bag_configs())
