@@ -360,6 +360,7 @@ def test_bytes_are_what_the_formula_says() -> None:
             },
             "keeps prev_iter of rows",
         ),
+        ({"weight_decay": 0.1}, "row-wise Adagrad's weight decay is not in FBGEMM's pooled kernel on CPU"),
     ],
 )
 def test_what_does_not_move_with_rows_is_refused(fused: dict[str, Any], message: str) -> None:

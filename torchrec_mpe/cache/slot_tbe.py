@@ -16,7 +16,7 @@ from torchrec_mpe.cache.table_spec import CachedTableSpec
 from torchrec_mpe.ops.cache_tensors import WAYS
 from torchrec_mpe.upstream.fused_optimizers import DEFAULT_OPTIMIZER, traits_of
 from torchrec_mpe.upstream.modules import ConvertsItself
-from torchrec_mpe.upstream.tbe import copy_progress, per_row_counter
+from torchrec_mpe.upstream.tbe import copy_progress, decays_rows, per_row_counter
 
 
 class SlotTBE(ConvertsItself):
@@ -37,7 +37,7 @@ class SlotTBE(ConvertsItself):
 
     Raises:
         NotImplementedError: for weights or states other than FP32, or an optimizer that changes more than the rows of
-            the batch and their state.
+            the batch and their state, or would decay rows and does not.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class SlotTBE(ConvertsItself):
         if not traits_of(optimizer).only_rows_of_the_batch:
             self._refuse(f"the optimizer {optimizer.value} changes rows that are not in the batch")
         self.tbe = self._make(self.spill)
+        if self.tbe.use_cpu and pooling_mode != PoolingMode.NONE and decays_rows(self.tbe):
+            self._refuse("row-wise Adagrad's weight decay is not in FBGEMM's pooled kernel on CPU: train without it")
         self.values: list[Tensor] = []
         self.states: list[list[Tensor]] = []
         self._take_views()

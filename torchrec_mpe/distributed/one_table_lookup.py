@@ -14,6 +14,8 @@ from torchrec_mpe.upstream.tbe import (
     PoolingMode,
     SplitTableBatchedEmbeddingBagsCodegen,
     buffers_as_one_table,
+    clips_lookups,
+    decays_rows,
     lies_like_one_table,
 )
 
@@ -21,10 +23,16 @@ _MAX_ROWS = 2**31 - 2  # FBGEMM sorts row numbers as int32
 
 
 def can_be_one_table(tbe: Any) -> bool:
-    """Whether a module is a training TBE whose tables lie in memory like one table, as FBGEMM lays them out on CPU."""
+    """Whether a module is a training TBE on CPU, its tables in memory like one, that is trained alike pooled or not.
+
+    Row-wise Adagrad's weight decay is in FBGEMM's unpooled kernel alone, and clipping is of every lookup: with either,
+    rows are looked up by that kernel, which is slower.
+    """
     if type(tbe) is not SplitTableBatchedEmbeddingBagsCodegen or not tbe.use_cpu or len(set(tbe.dims)) != 1:
         return False
     traits = traits_of(tbe.optimizer)
+    if decays_rows(tbe) or clips_lookups(tbe):
+        return False
     if not traits.one_table or sum(spec[0] for spec in tbe.embedding_specs) > _MAX_ROWS:
         return False
     return lies_like_one_table(tbe, traits.state_elements(tbe.dims[0]))

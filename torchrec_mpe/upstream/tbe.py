@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode as BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode as PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -77,6 +78,18 @@ def lies_like_one_table(tbe: SplitTableBatchedEmbeddingBagsCodegen, state_elemen
     if state_elements:
         places.append((tbe.momentum1_physical_offsets, state_elements[0]))
     return all([int(offset) for offset in offsets] == [row * width for row in first] for offsets, width in places)
+
+
+def decays_rows(tbe: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Whether the optimizer decays the rows of a batch, which row-wise Adagrad's pooled kernel on CPU leaves out."""
+    row_wise: bool = tbe.optimizer == EmbOptimType.EXACT_ROWWISE_ADAGRAD
+    return row_wise and bool(tbe.optimizer_args.weight_decay)
+
+
+def clips_lookups(tbe: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Whether the gradient of every lookup is clipped before those of a row are added up."""
+    clips: bool = tbe.optimizer_args.gradient_clipping
+    return clips
 
 
 def buffers_as_one_table(tbe: SplitTableBatchedEmbeddingBagsCodegen, *, has_state: bool) -> dict[str, Any]:
