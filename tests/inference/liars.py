@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torchrec_mpe as mpe
 from tests.inference.models import Model, kjt, retrained
-from torchrec_mpe.inference.artifact.manifest import manifest_sha256
+from torchrec_mpe.files.document import document_sha256
 from torchrec_mpe.inference.artifact.tensor_files import sha256_of_header, sha256_of_tensor
 
 TABLES = "tables-0-0.safetensors"
@@ -35,7 +35,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any], sign: b
     document = json.loads(file.read_text())
     change(document)
     if sign:
-        document["sha256"] = manifest_sha256(document)
+        document["sha256"] = document_sha256(document)
     file.write_text(json.dumps(document))
 
 

@@ -1,5 +1,6 @@
 """The header of our own files: which kind of document it is, and of which version."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,19 @@ class DocumentFormat:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        # RecursionError: lists in lists without end.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not {self.called}: {error}") from error
         self.check(path, document)
         return {key: value for key, value in document.items() if key not in self.header()}
+
+
+def document_sha256(document: Mapping[str, Any], *, allow_nan: bool = False) -> str:
+    """The SHA-256 of all entries but "sha256", hexadecimal: of JSON in UTF-8 with sorted keys and no spaces.
+
+    Raises:
+        ValueError: for what is no JSON, such as numbers that are not finite, unless ``allow_nan``.
+    """
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

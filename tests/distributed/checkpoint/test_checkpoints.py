@@ -1,5 +1,6 @@
 """Saving in the background, failures of one rank, and what a checkpoint is refused for."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -366,18 +367,76 @@ def test_damaged_files_are_noticed(tmp_path: Path, one_rank: None) -> None:
     checkpoints = mpe.Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         training.save(checkpoints, step)
-    first, second, third = checkpoints.complete()
+    _, second, third = checkpoints.complete()
     data = next(third.path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
     (second.path / ".metadata").unlink()
     with pytest.warns(RuntimeWarning, match=r"passed over: checkpoint .*step-\d is damaged"):
         found = checkpoints.newest()
     assert found is not None and found.step == 1
-    content = bytearray(next(first.path.glob("*.distcp")).read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    next(first.path.glob("*.distcp")).write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"(?s)could not be loaded: .*on rank 0"):
-        training.load(checkpoints, found)
+
+
+@pytest.mark.parametrize("phase", ["plain", "search", "retrain"])
+def test_a_flipped_bit_of_any_file_is_noticed(phase: str, tmp_path: Path, one_rank: None) -> None:
+    """By newest, which passes it over, and by load before anything changes."""
+    training = Training(Run(phase))
+    checkpoints = mpe.Checkpoints(tmp_path)
+    training.save(checkpoints, 1)
+    training.steps(0, 1)
+    training.save(checkpoints, 2, asynchronous=True)
+    first, second = checkpoints.complete()
+    manifest = second.manifest
+    assert (
+        manifest["file_sha256"].keys()
+        == manifest["files"].keys()
+        == {p.name for p in second.path.iterdir()} - {"checkpoint.json"}
+    )
+    shared = [tmp_path / manifest[kind] for kind in ("counts", "plan") if manifest[kind] is not None]
+    assert len(shared) == (phase != "plain")
+    for file in sorted([*second.path.iterdir(), *(next(folder.iterdir()) for folder in shared)]):
+        content = file.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            again = mpe.Checkpoints(tmp_path)
+            with pytest.warns(RuntimeWarning, match="passed over: ") as said:
+                found = again.newest()
+            if file.parent.name in first.manifest.values():  # both refer to it
+                assert found is None and len(said) == 2
+            else:
+                assert found is not None and found.step == 1
+            if file.name != "checkpoint.json":
+                before = training.state()
+                with pytest.raises(ValueError, match=rf"is damaged: \S*{file.name} has another digest"):
+                    training.load(again, second)
+                assert not list(equal(training.state(), before))
+        file.write_bytes(content)
+    found = mpe.Checkpoints(tmp_path).newest()
+    assert found is not None and found.step == 2
+
+
+def test_a_manifest_of_whatever_kind_never_stops_a_job(tmp_path: Path, one_rank: None) -> None:
+    training = Training(Run("plain"))
+    checkpoints = mpe.Checkpoints(tmp_path)
+    training.save(checkpoints, 1)
+    training.save(checkpoints, 2)
+    file = sorted(tmp_path.glob("*/checkpoint.json"))[-1]
+    document = json.loads(file.read_text())
+    lies = [
+        {"files": 3},
+        {"files": {"../../x": 1}},
+        {"files": {"a": None}},
+        {"counts": 5},
+        {"file_sha256": 3},
+        {"step": {}},
+    ]
+    for text in (
+        "", "{", "[" * 10**5, "null", "7", '"a"', "\udc00",
+        *(json.dumps({**document, **lie, "sha256": ""}) for lie in lies),
+    ):  # fmt: skip
+        file.write_text(text, errors="surrogatepass")
+        with pytest.warns(RuntimeWarning, match=r"passed over: (checkpoint )?\S*00000002-plain-step-2"):
+            found = mpe.Checkpoints(tmp_path).newest()
+        assert found is not None and found.step == 1
 
 
 def test_a_folder_of_another_release_or_of_something_else_is_told(tmp_path: Path, one_rank: None) -> None:
@@ -394,7 +453,7 @@ def test_a_folder_of_another_release_or_of_something_else_is_told(tmp_path: Path
             "is a checkpoint's manifest of version 2, this release reads version 1",
         ),
         ("[]", "is not a checkpoint's manifest"),
-        (text.replace('"step"', '"stop"', 1), "is not a valid manifest: 'step'"),
+        (text.replace('"step"', '"stop"', 1), "is not a valid manifest: its digest is not that of its other entries"),
     ):
         manifest.write_text(changed)
         with pytest.warns(RuntimeWarning, match=said):

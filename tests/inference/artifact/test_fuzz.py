@@ -21,7 +21,7 @@ from tests.inference.liars import TABLES, emitted
 from tests.inference.models import kjt, tables
 from tests.ops.every_backend import CPU, on
 from tests.packing.random_codings import coded_table, random_coding
-from torchrec_mpe.inference.artifact.manifest import manifest_sha256
+from torchrec_mpe.files.document import document_sha256
 from torchrec_mpe.inference.artifact.tensor_files import DTYPES
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.packing.pack import pack_tables
@@ -86,7 +86,7 @@ def in_manifest(files: Files, choose: random.Random) -> None:
         change_document(document, choose)
     if isinstance(document, dict) and choose.random() < 0.9:
         with contextlib.suppress(ValueError):
-            document["sha256"] = manifest_sha256(document)
+            document["sha256"] = document_sha256(document)
     files["manifest.json"] = json.dumps(document).encode()
 
 
@@ -146,7 +146,7 @@ def in_tensors(files: Files, choose: random.Random) -> None:
     for name in tensors:
         low, high = (start + offset for offset in header[name]["data_offsets"])
         tensors[name] = hashlib.sha256(data[low:high]).hexdigest()
-    document["sha256"] = manifest_sha256(document)
+    document["sha256"] = document_sha256(document)
     files["manifest.json"] = json.dumps(document).encode()
 
 
@@ -156,7 +156,7 @@ def fit(files: Files, name: str) -> None:
         document = json.loads(files["manifest.json"])
         header = files[name][: 8 + int.from_bytes(files[name][:8], "little")]
         document["files"][name]["header_sha256"] = hashlib.sha256(header).hexdigest()
-        document["sha256"] = manifest_sha256(document)
+        document["sha256"] = document_sha256(document)
         files["manifest.json"] = json.dumps(document).encode()
 
 

@@ -13,7 +13,8 @@ import tomllib
 
 import torchrec_mpe as mpe
 from tests.inference.liars import emitted
-from torchrec_mpe.inference.artifact.manifest import SCHEMA_ID, manifest_sha256, read_manifest, write_manifest
+from torchrec_mpe.files.document import document_sha256
+from torchrec_mpe.inference.artifact.manifest import SCHEMA_ID, read_manifest, write_manifest
 
 
 def _schema() -> dict[str, Any]:
@@ -59,7 +60,7 @@ def test_what_cannot_be_read_is_not_written(tmp_path: Path) -> None:
 def test_the_digest_is_as_the_schema_says() -> None:
     document = {"b": [1, 2.5, "é"], "a": {"y": None, "x": True}, "sha256": "anything"}
     text = '{"a":{"x":true,"y":null},"b":[1,2.5,"é"]}'
-    assert manifest_sha256(document) == hashlib.sha256(text.encode()).hexdigest()
+    assert document_sha256(document) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_thousand_tables_are_read_within_a_second(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_thousand_tables_are_read_within_a_second(tmp_path: Path) -> None:
     one, copies = collection["tables"][0], 1000
     collection["tables"] = [{**one, "name": f"t{k}"} for k in range(copies)]
     collection["packed_order"] = [table["name"] for table in collection["tables"]]
-    document["sha256"] = manifest_sha256(document)
+    document["sha256"] = document_sha256(document)
     (tmp_path / "manifest.json").write_text(json.dumps(document))
     seconds = []
     for _ in range(3):

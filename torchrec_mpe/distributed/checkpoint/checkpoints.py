@@ -1,6 +1,7 @@
 """Save and load the whole state of a training run."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +16,14 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_mpe.distributed.checkpoint.cached_tables import check_no_batch_in_flight
-from torchrec_mpe.distributed.checkpoint.checkpoint import COUNTS_FILE, MANIFEST, PLAN_FILE, Checkpoint, write_manifest
+from torchrec_mpe.distributed.checkpoint.checkpoint import (
+    COUNTS_FILE,
+    MANIFEST,
+    PLAN_FILE,
+    Checkpoint,
+    damage,
+    write_manifest,
+)
 from torchrec_mpe.distributed.checkpoint.extra import as_json, check_extra, extra_state, set_extra
 from torchrec_mpe.distributed.checkpoint.folder import CheckpointFolder
 from torchrec_mpe.distributed.checkpoint.fused_optimizer import merge_descriptions
@@ -102,6 +110,7 @@ class Checkpoints:
         self._ranks = Ranks(timeout)
         self._pending: _Save | None = None
         self._shared: dict[str, _Shared] = {}
+        self._verified: set[Path] = set()
 
     def save(
         self,
@@ -165,8 +174,9 @@ class Checkpoints:
             """On rank 0, when all ranks have written: in DCP's thread if asynchronous."""
             try:
                 written.result()
-                files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-                write_manifest(temporary / MANIFEST, {**manifest, "files": files})
+                digests = self._folder.take_digests(temporary)
+                files = {name: (temporary / name).stat().st_size for name in digests}
+                write_manifest(temporary / MANIFEST, {**manifest, "files": files, "file_sha256": digests})
                 self._folder.publish(temporary, target)
                 pending.published.set_result(None)
             except BaseException as error:
@@ -203,19 +213,27 @@ class Checkpoints:
             rank, text = min(failed.items())
             raise RuntimeError(f"the checkpoint of step {pending.step} could not be written: rank {rank}: {text}")
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, verify: bool = True) -> Checkpoint | None:
         """The complete checkpoint saved last, the same on every rank, or None; a pending save is waited for.
 
-        A damaged one, of which files are missing or cut short, is passed over with a warning.
+        A damaged one is passed over with a warning: of which the manifest cannot be read, files are missing or cut
+        short, or, with ``verify``, a file has another digest than when it was saved. That reads everything, each file
+        on one of the ranks and in several threads, before :meth:`load` does: what fits into the hosts' file caches is
+        read from disk once.
 
         Raises:
             RuntimeError: if a pending save failed.
         """
-        complete = self.complete()
-        return complete[-1] if complete else None
+        for checkpoint in reversed(self.complete()):
+            damaged = self._damage(checkpoint) if verify else None
+            if damaged is None:
+                return checkpoint
+            if self._ranks.rank == 0:
+                warnings.warn(f"passed over: {damaged}", RuntimeWarning, stacklevel=2)
+        return None
 
     def complete(self) -> list[Checkpoint]:
-        """All complete checkpoints, oldest first, the same on every rank; otherwise as :meth:`newest`."""
+        """All complete checkpoints, oldest first, the same on every rank, as :meth:`newest` without ``verify``."""
         self.wait()
         return self._ranks.on_rank_0(self._folder.complete)
 
@@ -230,7 +248,8 @@ class Checkpoints:
     ) -> None:
         """Load a checkpoint into a model of the same tables and phase, sharded in whatever way.
 
-        Everything that can be checked is checked before anything is changed. Learning rates are those of the
+        Everything that can be checked is checked before anything is changed, the digests of all files too, unless
+        :meth:`newest` has done it. Learning rates are those of the
         checkpoint.
 
         Args:
@@ -252,8 +271,9 @@ class Checkpoints:
         DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)``.
 
         Raises:
-            ValueError: if the checkpoint is of another phase, preparation, tables or optimizer, or with
-                ``optimizer_state=True`` the fused optimizer state of some tables, which are named, cannot be moved.
+            ValueError: if a file of the checkpoint is damaged; if it is of another phase, preparation, tables or
+                optimizer, or with ``optimizer_state=True`` the fused optimizer state of some tables, which are named,
+                cannot be moved.
             KeyError: if the checkpoint has no ``extra`` of a name.
             RuntimeError: before anything is changed, naming the tables, if a forward of cached tables waits for its
                 backward: drop its output; or if reading fails here or on another rank: the model is then neither old
@@ -262,6 +282,8 @@ class Checkpoints:
         self.wait()
         ranks = self._ranks
         extra = extra or {}
+        if damaged := self._damage(checkpoint):
+            raise ValueError(damaged)
         saved = ranks.together(partial(dcp.saved_tensors, checkpoint.path))
         # First: making the state writes back only rows that no batch in flight has.
         ranks.together(partial(check_no_batch_in_flight, model))
@@ -278,6 +300,16 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint {checkpoint.path} could not be loaded: {dcp.reason(error)}") from error
         set_extra(extra, extra_tensors, checkpoint)
         ranks.together(lambda: state.set(targets, checkpoint, fresh, ranks.rank, ranks.world_size))
+
+    def _damage(self, checkpoint: Checkpoint) -> str | None:
+        """The same on every rank."""
+        if checkpoint.path in self._verified:
+            return None
+        found = self._ranks.gather(damage(checkpoint, self._ranks.rank, self._ranks.world_size))
+        first = next(filter(None, found), None)
+        if first is None:
+            self._verified.add(checkpoint.path)
+        return first
 
     def _begin(
         self,

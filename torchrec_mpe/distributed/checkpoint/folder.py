@@ -11,6 +11,7 @@ from pathlib import Path
 from torchrec_mpe.distributed.checkpoint.checkpoint import MANIFEST, Checkpoint, read_checkpoint
 from torchrec_mpe.files.atomic import sync
 from torchrec_mpe.files.digest import file_sha256
+from torchrec_mpe.upstream.checkpoint import DIGEST_SUFFIX
 
 _NAME = re.compile(r"(\d{8})-[a-z]+-step-\d+")
 _UNFINISHED = ".unfinished-"  # being written or removed: never looked at, and taken away by the next save
@@ -57,6 +58,19 @@ class CheckpointFolder:
         temporary = self.path / f"{_UNFINISHED}{target.name}"
         temporary.mkdir()
         return temporary, target
+
+    def take_digests(self, temporary: Path) -> dict[str, str]:
+        """SHA-256 of every file that the ranks wrote, by name; of those with tensors as they noted it while writing."""
+        digests: dict[str, str] = {}
+        noted = {file.name: file for file in temporary.glob(f"*{DIGEST_SUFFIX}")}
+        for file in sorted(temporary.iterdir()):
+            if file.name in noted:
+                continue
+            beside = noted.get(f"{file.name}{DIGEST_SUFFIX}")
+            digests[file.name] = file_sha256(file) if beside is None else beside.read_text()
+        for file in noted.values():
+            file.unlink()
+        return digests
 
     def publish(self, temporary: Path, target: Path) -> None:
         """Make a fully written checkpoint one that can be found, then remove those that are too old."""

@@ -1,6 +1,5 @@
 """The manifest of an artifact: written, and read only if it is complete, consistent and of this version."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -10,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from torchrec_mpe.files.document import DocumentFormat
+from torchrec_mpe.files.document import DocumentFormat, document_sha256
 
 MANIFEST = "manifest.json"
 _FORMAT = DocumentFormat("torchrec_mpe.artifact", 5, "an artifact's manifest", "emit the model again")
@@ -29,7 +28,7 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
     """
     whole: Document = {"$schema": SCHEMA_ID, **_FORMAT.header(), "sha256": "", **document}
     whole = json.loads(json.dumps(whole, allow_nan=False))
-    whole["sha256"] = manifest_sha256(whole)
+    whole["sha256"] = document_sha256(whole)
     (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     read_manifest(folder)
 
@@ -50,7 +49,7 @@ def read_manifest(folder: Path) -> Document:
         document: Document = json.loads(
             file.read_bytes().decode("utf-8"), object_pairs_hook=_without_repetition, parse_constant=_no_constant
         )
-        digest = manifest_sha256(document) if isinstance(document, dict) else ""
+        digest = document_sha256(document) if isinstance(document, dict) else ""
     # UnicodeError: also a character that is half of a pair. RecursionError: lists in lists without end.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {str(error) or type(error).__name__}") from error
@@ -63,13 +62,6 @@ def read_manifest(folder: Path) -> Document:
     for contradiction in _contradictions(document):
         raise ValueError(f"{file} contradicts itself: {contradiction}")
     return document
-
-
-def manifest_sha256(document: Mapping[str, Any]) -> str:
-    """The SHA-256 of all entries but "sha256", hexadecimal; the schema says of which bytes."""
-    rest = {key: value for key, value in document.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @lru_cache(maxsize=1)
