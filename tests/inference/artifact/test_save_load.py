@@ -264,7 +264,9 @@ def test_the_model_must_fit(tmp_path: Path) -> None:
         mpe.load(tmp_path / "artifact", nn.Linear(1, 1))
     other = Model(EmbeddingBagCollection(tables()))
     other.over = nn.Linear(17, 2)
-    with pytest.raises(ValueError, match=r"do not fit the model: over.bias, over.weight"):
+    with pytest.raises(
+        ValueError, match=r"do not fit the model: over.bias is torch.float32 \[1\], the model's is torch.float32 \[2\]"
+    ):
         mpe.load(tmp_path / "artifact", other)
 
 
@@ -274,10 +276,35 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
     other.over = nn.Linear(17, 2)
     renamed = tables()
     renamed[0].name = "elsewhere"
-    for model, message in ((other, "do not fit the model"), (Model(EmbeddingBagCollection(renamed)), "elsewhere")):
-        with pytest.raises(ValueError, match=message):
-            mpe.load(tmp_path / "artifact", model)
+    half, more = Model(EmbeddingBagCollection(tables())), Model(EmbeddingBagCollection(tables()))
+    half.over.half()
+    more.under = nn.Linear(2, 2)
+    for model, message in (
+        (other, "do not fit the model"),
+        (half, r"do not fit the model: over.bias is torch.float32 \[1\], the model's is torch.float16 \[1\]"),
+        (more, r"do not fit the model: under.bias \(not in the artifact\), under.weight"),
+        (Model(EmbeddingBagCollection(renamed)), "elsewhere"),
+    ):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for mmap in (False, True):
+            with pytest.raises(ValueError, match=message):
+                mpe.load(tmp_path / "artifact", model, mmap=mmap)
         assert type(model.sparse["ebc"]) is EmbeddingBagCollection
+        for key, value in model.state_dict().items():
+            assert value.dtype == before[key].dtype and torch.equal(value, before[key])
+
+
+def test_mapping_into_a_model_takes_no_look_at_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpe.save(emitted(), tmp_path / "artifact")
+    model: Any = Model(EmbeddingBagCollection(tables()))
+
+    def scan(*arguments: Any) -> None:
+        raise AssertionError("the directories were read")
+
+    monkeypatch.setattr("torchrec_mpe.inference.artifact.opening.size_report", lambda *arguments: None)
+    monkeypatch.setattr("torchrec_mpe.inference.packed_table_batched_embedding_bags.validate_packed_tables", scan)
+    loaded = mpe.load(tmp_path / "artifact", model, mmap=True)
+    assert loaded is model and isinstance(model.sparse["ebc"], mpe.PackedEmbeddingBagCollection)
 
 
 def test_tables_packed_in_another_order_keep_their_rows(tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_what_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("shape", ["0,18446744073709551615,18446744073709551615", "4611686018427387904,0,4"])
+def test_empty_tensors_of_dimensions_that_no_tensor_has(tmp_path: Path, shape: str) -> None:
+    header = f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}'.encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(
+        ValueError, match="x: tensor 'a' has the dimensions .*, which no tensor has|x is damaged: "
+    ) as error:
+        map_tensors(tmp_path / "x")
+    assert "\n" not in str(error.value)
+
+
 def test_dtypes_that_no_artifact_holds(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, dtype=torch.float8_e5m2)}, tmp_path / "x")
     with pytest.raises(ValueError, match="tensor 'a' is of dtype F8_E5M2, which no artifact holds"):

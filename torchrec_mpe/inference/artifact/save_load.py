@@ -175,15 +175,28 @@ def _into(
         return collections[""]
     dense: Mapping[str, Tensor] = opened.dense
     prefixes = tuple(f"{name}." for name in collections)
-    wanted = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(prefixes)}
-    if {key: value.shape for key, value in dense.items()} != wanted:
-        differing = sorted(set(wanted) ^ set(dense)) or sorted(k for k in wanted if wanted[k] != dense[k].shape)
-        raise ValueError(f"the dense tensors of {folder} do not fit the model: {', '.join(differing[:5])}")
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+    if differing := sorted(wanted.keys() ^ dense.keys()):
+        where = ", ".join(f"{key} (not in the {'artifact' if key in wanted else 'model'})" for key in differing[:5])
+        raise ValueError(f"the dense tensors of {folder} do not fit the model: {where}")
+    for key, tensor in dense.items():
+        if (tensor.shape, tensor.dtype) != (wanted[key].shape, wanted[key].dtype):
+            raise ValueError(
+                f"the dense tensors of {folder} do not fit the model: {key} is {tensor.dtype} {list(tensor.shape)}, "
+                f"the model's is {wanted[key].dtype} {list(wanted[key].shape)}"
+            )
+    # Loaded without collections, for theirs would check every line of their directories once more.
+    for name in collections:
+        _set(model, name, nn.Identity())
+    model.load_state_dict(dict(dense), assign=True)
     for name, collection in collections.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, collection)
-    model.load_state_dict(dict(dense), strict=False, assign=True)
+        _set(model, name, collection)
     return model
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def _described(collection: EmbeddingBagCollectionInterface) -> tuple[bool, list[tuple[str, int, int, list[str], str]]]:

@@ -33,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 24
+_MAX_TENSOR_BYTES = 2**63 - 1
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Copy-on-write, so that no write through a tensor reaches the file; and without a reservation, for a private mapping
 # would otherwise count against the memory of a host that is smaller than the file. Python names the flag from 3.13 on.
@@ -108,9 +109,12 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
             kinds = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
-    for name, (dtype, _) in kinds.items():
+    for name, (dtype, shape) in kinds.items():
         if dtype not in DTYPES:
             raise ValueError(f"{file}: tensor {name!r} is of dtype {dtype}, which no artifact holds")
+        # Without its zeros, for an empty tensor's other dimensions are in no file's size.
+        if math.prod(size for size in shape if size) * DTYPES[dtype].itemsize > _MAX_TENSOR_BYTES:
+            raise ValueError(f"{file}: tensor {name!r} has the dimensions {list(shape)!s:.100}, which no tensor has")
     sizes = {name: DTYPES[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in kinds.items()}
     with file.open("rb") as stream:
         flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
