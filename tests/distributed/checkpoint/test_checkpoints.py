@@ -132,7 +132,7 @@ def save_with_failures(folder: str) -> list[str]:
 def test_a_rank_that_cannot_write_is_told_on_all_and_costs_only_that_save(tmp_path: Path, two_ranks: Ranks) -> None:
     for said in two_ranks.run(save_with_failures, str(tmp_path)):
         for message in (said[0], said[4]):
-            assert message.startswith("the checkpoint of step 2 could not be written: rank 0: ")
+            assert message.startswith(f"the checkpoint of step 2 could not be written to {tmp_path}: rank 0: ")
             assert "no space left on device (on rank 1)" in message
         assert [said[1], said[3]] == ["fine", "fine"] and [said[2], said[5]] == ["1", "1"]
     names = entries(tmp_path)

@@ -211,7 +211,9 @@ class Checkpoints:
         failed = {rank: text for rank, text in enumerate(self._ranks.gather(message)) if text is not None}
         if failed:
             rank, text = min(failed.items())
-            raise RuntimeError(f"the checkpoint of step {pending.step} could not be written: rank {rank}: {text}")
+            raise RuntimeError(
+                f"the checkpoint of step {pending.step} could not be written to {self.folder}: rank {rank}: {text}"
+            )
 
     def newest(self, *, verify: bool = True) -> Checkpoint | None:
         """The complete checkpoint saved last, the same on every rank, or None; a pending save is waited for.

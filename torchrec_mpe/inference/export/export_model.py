@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.atomic import atomic_file, hidden_folder
 from torchrec_mpe.inference.export.export_arguments import (
     Argument,
     FlatModel,
@@ -117,11 +116,10 @@ def export(
     inputs = flatten(arguments, values)
     shapes = symbolic_shapes(arguments, inputs, batch)
     flat = FlatModel(served, arguments).eval()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with for_any_batch(), TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+    with for_any_batch(), hidden_folder(target) as folder:
         program = _trace(flat, inputs, dynamic_shapes(arguments, shapes))
         metadata = _metadata(program, arguments, inputs, shapes, served(*values), backend)
-        staged = Path(folder) / target.name
+        staged = folder / target.name
         if weights == "beside":
             metadata |= write_weights(staged, _constants(program))
         if form == "aoti":
