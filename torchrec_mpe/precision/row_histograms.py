@@ -15,6 +15,7 @@ RowSource = Callable[[int, int], Tensor]
 
 _BINS = 1 << 14
 _CHUNK_ELEMENTS = 1 << 20
+_LARGEST = 1e17
 _FINEST = 1e-8  # of the largest value: values below are told apart no more
 _SMALLEST_RMS = 8  # parts of the smallest segment's root mean square that bins still tell apart
 
@@ -153,7 +154,8 @@ def read_pieces(name: str, rows: RowSource, embedding_dim: int, num_embeddings: 
     """First row and rows of each piece of a table, a few MiB each.
 
     Raises:
-        ValueError: naming the table, if rows have another shape or dtype, or are not finite.
+        ValueError: naming the table, if rows have another shape or dtype, are not finite, or so large that sums of
+            their squares overflow float32.
     """
     step = max(1, _CHUNK_ELEMENTS // embedding_dim)
     for start in range(0, num_embeddings, step):
@@ -164,8 +166,15 @@ def read_pieces(name: str, rows: RowSource, embedding_dim: int, num_embeddings: 
                 f"table {name}: rows({start}, {stop}) must return float32 [{stop - start}, {embedding_dim}], got "
                 f"{chunk.dtype} {list(chunk.shape)}"
             )
-        if not bool(chunk.isfinite().all()):
+        low, high = chunk.aminmax()  # NaN if any is
+        largest = float(torch.maximum(-low, high))
+        if not math.isfinite(largest):
             raise ValueError(f"table {name}: rows {start} to {stop - 1} hold NaN or infinite values")
+        if largest > _LARGEST:
+            raise ValueError(
+                f"table {name}: rows {start} to {stop - 1} hold values as large as {largest:.1e}, and above "
+                f"{_LARGEST:.0e} their squares overflow: such rows are not trained ones"
+            )
         yield start, chunk.cpu()
 
 

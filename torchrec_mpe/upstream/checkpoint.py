@@ -34,7 +34,7 @@ FAILURES: tuple[type[BaseException], ...] = (Exception, CheckpointException)
 
 
 class LoadError(Exception):
-    """A tensor cannot be read; says what the first failure was."""
+    """The index or a tensor cannot be read; says what the first failure was."""
 
 
 class _DigestedStream:
@@ -82,8 +82,16 @@ class SavedTensor:
 
 
 def saved_tensors(folder: str | os.PathLike[str]) -> dict[str, SavedTensor]:
-    """The tensors of a checkpoint by name, in its order; runs code from its index, a pickle."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    """The tensors of a checkpoint by name, in its order; runs code from its index, a pickle.
+
+    Raises:
+        LoadError: if the index is missing or damaged.
+    """
+    try:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    except Exception as error:  # a damaged pickle raises anything
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise LoadError(f"{os.path.join(folder, INDEX_FILE)} cannot be read: {what}") from error
     return {
         name: SavedTensor(tuple(entry.size), entry.properties.dtype)
         for name, entry in entries

@@ -96,6 +96,12 @@ def test_bytes_error_bound_and_pickle(inputs: Path, tmp_path: Path, capsys: pyte
         (["{}/model.pt", "--ratio", "5", "--tables", "{}/wrong.yaml"], "table t_none is not in the checkpoint"),
         (["{}/model.pt", "--ratio", "5", "--out", "{}"], "already exists and is not an empty folder: choose another"),
         (["{}/model.pt", "--ratio", "5", "--json", "."], "--json . is a folder"),
+        (["{}/model.pt", "--ratio", "5", "--json", "/dev/null"], "--json /dev/null is no regular file"),
+        (["{}/model.pt", "--ratio", "5", "--json", "{}/model.pt/x"], "model.pt is no folder: choose another place"),
+        (["{}/model.pt", "--ratio", "5", "--json", "/proc/x/y"], "--json /proc/x/y: /proc cannot be written to"),
+        (["{}/model.pt", "--ratio", "5", "--out", "/proc/x"], "--out /proc/x: /proc cannot be written to"),
+        (["{}/model.pt", "--ratio", "5", "--out", "{}/new", "--json", "{}/new"], "new is the folder of --out"),
+        (["{}/model.pt", "--ratio", "5", "--out", "{}/empty"], "empty already exists and is not an empty folder"),
         (["{}/nan.safetensors", "--ratio", "5"], "table t: rows 0 to 3 hold NaN or infinite values"),
     ],
 )
@@ -104,9 +110,21 @@ def test_mistakes_are_told_in_one_sentence(
 ) -> None:
     (inputs / "wrong.yaml").write_text("tables: [{name: t_none, num_embeddings: 3, embedding_dim: 4}]")
     save_file({"embedding_bags.t.weight": torch.full((4, 4), float("nan"))}, inputs / "nan.safetensors")
+    (inputs / "empty").touch()
     out = ["--out", str(tmp_path / "artifact")] if "--out" not in options else []
     assert main(["convert", *(o.replace("{}", str(inputs)) for o in options), *out, "--quiet"]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "artifact").exists()
+
+
+def test_an_outlier_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(400, 8)
+    rows[17] = 1e6
+    save_file({"embedding_bags.t.weight": rows}, tmp_path / "m.safetensors")
+    arguments = ["convert", str(tmp_path / "m.safetensors"), "--ratio", "8", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main([*arguments, "--json", str(tmp_path / "facts.json")]) == 0
+    assert re.search(r"^table t: row 17 is \d+ times as large as the median row, and most rows have 0 bits", capsys.readouterr().out, re.MULTILINE)  # fmt: skip  # noqa: E501
+    assert json.loads((tmp_path / "facts.json").read_text())["tables"][0]["outlier_row"] == 17

@@ -222,6 +222,13 @@ def test_output_folder_must_be_free(log: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["run", *csv_options(log), "--out", str(tmp_path), *SMALL]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        for command in (["run", *SMALL], ["prepare", "--quiet"]):
+            # Before the log is read, which is not there.
+            options = [*csv_options(log), "--out", str(out)]
+            options[options.index("--data") + 1] = "nowhere.csv"
+            assert main([*command, *options]) == 2
+            assert "--out" in capsys.readouterr().err
 
 
 def test_full_disk(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip  # noqa: E501

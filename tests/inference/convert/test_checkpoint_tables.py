@@ -89,3 +89,10 @@ def test_mistakes(wrong: CheckpointTable, message: str) -> None:
     files = Files({**TORCHREC, **{f"{m}.embedding_bags.twice.weight": (1, 1) for m in "ab"}})
     with pytest.raises((KeyError, ValueError), match=re.escape(message)):
         locate_tables(files, [wrong])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 0), (0, 0)])
+def test_tables_without_elements_are_named(shape: tuple[int, int]) -> None:
+    files = Files({"embedding_bags.t.weight": shape})
+    with pytest.raises(ValueError, match=re.escape(f"table t: embedding_bags.t.weight in the checkpoint has no elements, its shape is {list(shape)}")):  # fmt: skip  # noqa: E501
+        find_tables(files)

@@ -148,3 +148,23 @@ def test_mistakes(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
         convert_checkpoint(path, counts={**counts(), "t_user": torch.ones(3)}, ratio=6)
     with pytest.raises(ValueError, match="cannot be met: without any bits the tables take"):
         convert_checkpoint(path, counts=counts(), ratio=60)
+
+
+def test_rows_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
+    rows = torch.ones(40, 8)
+    rows[7, 3] = -1e38
+    path = write({"embedding_bags.t.weight": rows}, "torch", tmp_path)
+    with pytest.raises(ValueError, match=r"table t: rows 0 to 39 hold values as large as 1\.0e\+38"):
+        convert_checkpoint(path, ratio=6)
+    rows[7, 3] = 1e16
+    found = convert_checkpoint(write({"embedding_bags.t.weight": rows}, "torch", tmp_path), ratio=3)
+    assert found.errors["t"].relative_rms is not None and found.errors["t"].relative_rms < 0.1
+
+
+def test_an_outlier_that_takes_all_bits_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(400, 8)
+    assert convert_checkpoint(write({"embedding_bags.t.weight": rows}, "torch", tmp_path), ratio=8).errors["t"].outlier is None  # fmt: skip  # noqa: E501
+    rows[17] = 1e6
+    found = convert_checkpoint(write({"embedding_bags.t.weight": rows}, "torch", tmp_path), ratio=8).errors["t"]
+    assert found.outlier == 17 and 1e5 < found.outlier_size < 1e7

@@ -1,25 +1,27 @@
 """`torchrec-mpe compress`: transform-code the tables of a trained checkpoint."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from torchrec_mpe.app.cli.convert import add_checkpoint_options, check_target, tables_of
+from torchrec_mpe.app.cli.checkpoint_command import (
+    add_checkpoint_options,
+    check_target,
+    finish,
+    mistakes,
+    sizes_of,
+    tables_of,
+)
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.training.quiet import quiet_dependencies
 from torchrec_mpe.errors import UserError
-from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.text_table import text_table
-from torchrec_mpe.inference.artifact.save_load import save
 from torchrec_mpe.inference.compress.compress_checkpoint import CompressedCheckpoint, compress_checkpoint
 from torchrec_mpe.inference.compress.curvature import Curvature
 from torchrec_mpe.inference.convert.checkpoint_tables import CheckpointTable
-from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
-from torchrec_mpe.packing.size import TableSize
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
 
 
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     """Compress, write the artifact, and print what became of each table."""
     budget = check_target(options, "ratio")
     quiet_dependencies()
-    try:
+    with mistakes():
         tables = tables_of(options)
         if options.tables is None:
             print("features are called like their tables, pooled by sum: --tables says otherwise")
@@ -71,17 +73,8 @@ def run(options: argparse.Namespace) -> int:
             allow_pickle=options.allow_pickle,
             progress=not options.quiet,
         )
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        # A KeyError's str() is its message in quotes.
-        raise UserError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
     document = _document(compressed)
-    save(compressed.model, options.out)
-    print(_printed(document))
-    print(f"\nartifact: {options.out}")
-    if options.json is not None:
-        with atomic_file(options.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    return finish(options, compressed.model, document, _printed(document))
 
 
 def _counts(folder: Path, tables: list[CheckpointTable]) -> dict[str, Tensor]:
@@ -100,9 +93,7 @@ def _counts(folder: Path, tables: list[CheckpointTable]) -> dict[str, Tensor]:
 
 
 def _document(compressed: CompressedCheckpoint) -> dict[str, Any]:
-    collections = [m for m in compressed.model.modules() if isinstance(m, PackedEmbeddingBagCollection)]
-    sizes: dict[str, TableSize] = {size.name: size for c in collections for size in c.size_report().tables}
-    reports = [collection.size_report() for collection in collections]
+    sizes, total = sizes_of(compressed.model)
     tables = [
         {
             "name": name,
@@ -119,8 +110,7 @@ def _document(compressed: CompressedCheckpoint) -> dict[str, Any]:
         }
         for name, summary in compressed.summaries.items()
     ]
-    total, fp32 = sum(report.total for report in reports), sum(report.fp32_bytes for report in reports)
-    return {"tables": tables, "bytes": total, "fp32_bytes": fp32, "compression_ratio": round(fp32 / total, 4)}
+    return {"tables": tables, **total}
 
 
 def _printed(document: Mapping[str, Any]) -> str:

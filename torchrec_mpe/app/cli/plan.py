@@ -1,7 +1,6 @@
 """`torchrec-mpe plan`: how tables would be sharded on a cluster that need not be at hand."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_mpe.app.cli.output import check_output
+from torchrec_mpe.app.cli.output import check_output, write_json
 from torchrec_mpe.app.training.quiet import quiet_dependencies
 from torchrec_mpe.cache.config import CacheConfig, parse_cache_config
 from torchrec_mpe.distributed.default_sharders import sharders
@@ -21,7 +20,6 @@ from torchrec_mpe.distributed.planner.planned_tables import PlannedTable, read_t
 from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 from torchrec_mpe.distributed.planner.storage_reservation import MPEStorageReservation
 from torchrec_mpe.errors import UserError
-from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.precision.plan import PrecisionPlan
@@ -107,8 +105,7 @@ def run(options: argparse.Namespace) -> int:
             "sharding_plan": _shards(plan),
             "packed": None if packed is None else packed.to_dict(),
         }
-        with atomic_file(options.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from torchrec_mpe.app.cli.output import check_output
 from torchrec_mpe.app.data.formats import add_data_options, prepare_data, print_notes
 from torchrec_mpe.app.data.split import SPLITS
 
@@ -18,6 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Prepare a log and say what came out."""
+    check_output(options)
     data = prepare_data(options, options.out, progress=not options.quiet)
     print_notes(data)
     rows = {split: data.num_rows(split) for split in SPLITS}

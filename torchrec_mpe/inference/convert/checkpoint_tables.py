@@ -72,7 +72,7 @@ def find_tables(files: CheckpointFiles, pattern: str = TORCHREC_PATTERN) -> list
         pattern (str): regular expression with one group, the table's name; dots in it become underscores.
 
     Raises:
-        ValueError: if the pattern is none, nothing matches it, or two keys give one name.
+        ValueError: if the pattern is none, nothing matches it, two keys give one name, or a table has no elements.
     """
     try:
         compiled = re.compile(pattern)
@@ -88,6 +88,7 @@ def find_tables(files: CheckpointFiles, pattern: str = TORCHREC_PATTERN) -> list
         name = found[1].replace(".", "_")
         if name in tables:
             raise ValueError(f"the keys {tables[name].key} and {key} both give a table {name}")
+        _check_elements(name, key, shape)
         config = EmbeddingBagConfig(name=name, num_embeddings=shape[0], embedding_dim=shape[1], feature_names=[name])
         tables[name] = CheckpointTable(config, key=key)
     if not tables:
@@ -100,7 +101,7 @@ def locate_tables(files: CheckpointFiles, tables: Sequence[CheckpointTable]) -> 
 
     Raises:
         KeyError: naming the table, if the checkpoint lacks it.
-        ValueError: naming the table, if several keys could be it or the shape is another.
+        ValueError: naming the table, if several keys could be it, or the shape is another or without elements.
     """
     keys: dict[str, str] = {}
     for table in tables:
@@ -116,8 +117,14 @@ def locate_tables(files: CheckpointFiles, tables: Sequence[CheckpointTable]) -> 
                 f"table {name} has {shape[0]} rows of {shape[1]} elements, {key} in the checkpoint has the shape "
                 f"{list(files.shapes[key])}"
             )
+        _check_elements(name, key, shape)
         keys[name] = key
     return keys
+
+
+def _check_elements(name: str, key: str, shape: tuple[int, ...]) -> None:
+    if 0 in shape:
+        raise ValueError(f"table {name}: {key} in the checkpoint has no elements, its shape is {list(shape)}")
 
 
 def _key_by_name(files: CheckpointFiles, name: str) -> str:

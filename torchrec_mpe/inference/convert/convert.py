@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from torchrec_mpe.precision.row_errors import RowErrors, quantized_rows
 from torchrec_mpe.precision.row_histograms import RowSource, read_pieces
 
 _TOLERANCE = 1e-5  # of what a table's rows can reach; float32's rounding stays far below, a wrong code far above
+_OUTLIER = 100  # times the median row; trained rows stay below
 _SECOND_COLLECTION = END_PADDING + 4  # bytes that a collection has once: the end of its weights, and of run_offsets
 
 
@@ -34,11 +35,16 @@ class TableErrors:
             None without lookups, or if all rows with lookups are zeros.
         relative_rms (Optional[float]): the same with all rows alike; None if all are zeros.
         max_abs_error (float): largest difference of an element.
+        outlier (Optional[int]): a row so much larger than the others that most of them have 0 bits for its sake, if
+            there is one.
+        outlier_size (float): its largest element against that of the median row.
     """
 
     weighted_relative_rms: float | None
     relative_rms: float | None
     max_abs_error: float
+    outlier: int | None = None
+    outlier_size: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -164,16 +170,23 @@ def _measure(
     dim = widths.embedding_dim
     reach = float((scales.alpha * 2.0 ** torch.arange(-1, 8)).max() + scales.beta.abs().max())
     reach += 0.0 if scales.zero_row is None else float(scales.zero_row.abs().max())
-    errors = RowErrors()
+    errors, reaches, without_bits = RowErrors(), torch.zeros(widths.num_embeddings), 0
     for start, chunk in read_pieces(name, rows, dim, widths.num_embeddings):
         stop = start + len(chunk)
         read = tbe.lookup(slice(number, number + 1), torch.arange(start, stop), torch.arange(len(chunk) + 1), None)
-        meant = quantized_rows(chunk, widths.of_rows(start, stop), scales.alpha, scales.beta, scales.zero_row)
+        bits = widths.of_rows(start, stop)
+        meant = quantized_rows(chunk, bits, scales.alpha, scales.beta, scales.zero_row)
         difference = float((read - meant).abs().max())
         if not difference <= _TOLERANCE * reach:
             raise RuntimeError(
                 f"table {name}: packed rows read back differ by {difference:.2e} from what was packed: packing is wrong"
             )
         errors.add(chunk, read, lookups[start:stop])
+        reaches[start:stop] = chunk.abs().amax(1)
+        without_bits += int((bits == 0).sum())
         done(len(chunk))
-    return TableErrors(errors.weighted_relative_rms, errors.relative_rms, errors.max_abs_error)
+    measured = TableErrors(errors.weighted_relative_rms, errors.relative_rms, errors.max_abs_error)
+    largest = int(reaches.argmax())
+    times = float(reaches[largest] / reaches.median()) if reaches.median() > 0 else 1.0
+    is_outlier = times >= _OUTLIER and 2 * without_bits > widths.num_embeddings
+    return replace(measured, outlier=largest, outlier_size=times) if is_outlier else measured
