@@ -95,6 +95,16 @@ def test_user_mistakes(
     assert "holds no model packed from" in sentence(
         "emit", "--retrained", str(pipeline / "retrain"), "--out", str(pipeline / "search")
     )
+    # Before anything is done.
+    (tmp_path / "empty").touch()
+    (tmp_path / "foreign" / "artifact").mkdir(parents=True)
+    (tmp_path / "foreign" / "artifact" / "manifest.json").write_text("[" * 100_000)
+    assert "empty is no folder" in sentence(*arguments("search", data, tmp_path / "empty"))
+    assert "holds an artifact or prepared data, no search" in sentence(*arguments("search", data, data.path))
+    assert "artifact exists and holds no model packed from" in sentence(
+        *arguments("pipeline", data, tmp_path / "foreign")
+    )
+    assert [file.name for file in (tmp_path / "foreign").iterdir()] == ["artifact"]
     (tmp_path / "bad.tsv").write_text("not\ta log\n")
     bad = ["search", "--format", "criteo", "--data", str(tmp_path / "bad.tsv"), "--out", str(tmp_path / "bad")]
     assert "bad.tsv" in sentence(*bad, *_SETTINGS)

@@ -93,6 +93,15 @@ def test_auc_and_log_loss_by_hand() -> None:
     assert got["logloss"] == pytest.approx(sum(losses) / 4, abs=1e-5)
 
 
+def test_predictions_that_are_not_finite_end_the_job() -> None:
+    class Diverged(_First):
+        def forward(self, dense: Tensor, sparse: Any) -> Tensor:
+            return dense[:, :1] / 0
+
+    with pytest.raises(UserError, match="predictions of the test rows are not finite: training diverged"):
+        evaluate(Diverged(), _Data(), "test", torch.device("cpu"))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["dlrm", "dnn"])
 @pytest.mark.parametrize("dense", [0, 3])
 def test_models_take_dense_features_or_none(kind: Any, dense: int) -> None:

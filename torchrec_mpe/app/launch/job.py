@@ -67,8 +67,12 @@ class JobSettings(Settings):
                 settings of the data have to be the same.
 
         Raises:
-            UserError: naming what differs.
+            UserError: naming what differs; or if the folder is a file, an artifact or prepared data.
         """
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is no folder: choose another")
+        if (folder / "manifest.json").exists():
+            raise UserError(f"{folder} holds an artifact or prepared data, no {self.stage}: choose another folder")
         if not (folder / JOB_FILE).exists():
             return
         before, now = self.load(folder)._comparable(trained), self._comparable(trained)

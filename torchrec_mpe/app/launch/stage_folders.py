@@ -12,6 +12,7 @@ from torchrec_mpe.app.training.loop import evaluate
 from torchrec_mpe.app.training.stages import Job
 from torchrec_mpe.app.training.step_log import StepLog
 from torchrec_mpe.distributed.checkpoint.checkpoints import Checkpoints
+from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.inference.artifact.save_load import save
 from torchrec_mpe.precision.frequency_counter import FrequencyCounter
@@ -92,14 +93,21 @@ def finished(folder: Path) -> bool:
     return (folder / RESULTS).exists()
 
 
-def emitted_from(folder: Path, retrained: Path) -> bool:
-    """Whether a folder holds the packed model of a retraining: it appears complete or not at all."""
+def check_artifact(folder: Path, retrained: Path) -> bool:
+    """Whether a folder holds the packed model of a retraining, which appears complete or not at all; else it is free.
+
+    Raises:
+        UserError: if it holds something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
     try:
         document = json.loads((folder / "manifest.json").read_text())
-        source: str = document["metadata"]["retrained"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return source == str(retrained.resolve())
+        if document["metadata"]["retrained"] == str(retrained.resolve()):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder} exists and holds no model packed from {retrained}: choose another folder")
 
 
 def _checkpoints(job: Job, folder: Path) -> Checkpoints:

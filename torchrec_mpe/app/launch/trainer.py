@@ -70,9 +70,11 @@ def _run_command(options: argparse.Namespace, run: RunSettings, log: StepLog) ->
     elif options.command == "emit":
         _emit(run, options.retrained, options.out)
     else:
+        retrained, artifact = options.out / "retrain", options.out / "artifact"
+        stage_folders.check_artifact(artifact, retrained)
         _search(options, run, log, options.out / "search")
-        _retrain(options, run, log, options.out / "search", options.out / "retrain")
-        _emit(run, options.out / "retrain", options.out / "artifact")
+        _retrain(options, run, log, options.out / "search", retrained)
+        _emit(run, retrained, artifact)
 
 
 def _warn_of_shared_store() -> None:
@@ -116,9 +118,7 @@ def _emit(run: RunSettings, retrained: Path, out: Path) -> None:
     settings = JobSettings.load(retrained)
     if settings.stage != "retrain" or not stage_folders.finished(retrained):
         raise UserError(f"{retrained} is not the folder of a finished retraining: run the retraining to its end first")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not stage_folders.emitted_from(out, retrained):
-            raise UserError(f"{out} exists and holds no model packed from {retrained}: choose another folder")
+    if stage_folders.check_artifact(out, retrained):
         if dist.get_rank() == 0:
             print(f"{out} holds the packed model: nothing to do", flush=True)
         return

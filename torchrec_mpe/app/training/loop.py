@@ -219,8 +219,14 @@ def predict(
 
 
 def evaluate(model: nn.Module, data: PreparedDataset, split: str, device: torch.device) -> dict[str, float]:
-    """AUC (exact, ties counted half) and log loss of a split; every rank takes part and gets both."""
+    """AUC (exact, ties counted half) and log loss of a split; every rank takes part and gets both.
+
+    Raises:
+        UserError: if predictions are not finite: nothing is saved of such a model.
+    """
     logits, labels = (_of_all_ranks(values, device) for values in predict(model, data, split, device))
+    if not bool(logits.isfinite().all()):
+        raise UserError(f"predictions of the {split} rows are not finite: training diverged")
     return {
         "auc": float(binary_auroc(logits.double().sigmoid(), labels.int())),
         "logloss": float(F.binary_cross_entropy_with_logits(logits.double(), labels.double())),
