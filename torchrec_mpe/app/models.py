@@ -1,5 +1,6 @@
 """The two click models of the command line: TorchRec's DLRM, and the MPE paper's DNN."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -22,15 +23,22 @@ _DLRM_TOP_LAYERS = (256, 128, 1)
 
 
 def table_configs(data: PreparedDataset, embedding_dim: int) -> list[EmbeddingBagConfig]:
-    """One table per field, named like it."""
+    """One table per field, named like it but for characters that a module's name cannot have."""
+    names: list[str] = []
+    for field in data.fields:
+        name = plain = re.sub(r"[./\\\x00-\x1f]", "_", f"t_{field.name}")
+        taken = {*names, *(f"t_{other.name}" for other in data.fields if other is not field)}
+        while name in taken:
+            name = f"{plain}_{len(names)}" if name == plain else f"{name}_"
+        names.append(name)
     return [
         EmbeddingBagConfig(
-            name=f"t_{field.name}",
+            name=name,
             num_embeddings=field.num_embeddings,
             embedding_dim=embedding_dim,
             feature_names=[field.name],
         )
-        for field in data.fields
+        for field, name in zip(data.fields, names, strict=True)
     ]
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from torchrec_mpe.coding.allocation import allocate
 from torchrec_mpe.coding.candidates import GroupChoice, TableCandidates, TableChoice, joined
 from torchrec_mpe.coding.owned_rows import TableToCode
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.ops.reference.run_coding import MAX_COMPONENTS
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding
 
@@ -91,7 +91,7 @@ def code_tables(
     if max_components is not None and not 0 <= max_components <= MAX_COMPONENTS:
         raise ValueError(f"max_components must lie between 0 and {MAX_COMPONENTS}, got {max_components}")
     candidates = []
-    for table in tqdm(tables, desc="measuring tables", unit="table", disable=not progress):
+    for table in progress_bar(tables, desc="measuring tables", unit="table", disable=not progress):
         default = MAX_COMPONENTS if table.embedding_dim <= _SMALL_DIM else _FEW_COMPONENTS
         candidates.append(TableCandidates(table, default if max_components is None else max_components))
     choices = allocate(candidates, bytes, reserved)

@@ -14,10 +14,10 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from tqdm import tqdm
 
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.document import DocumentFormat
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
 
 _FORMAT = DocumentFormat("torchrec_mpe.frequencies", 1, "a frequency file")
@@ -236,7 +236,7 @@ def count_frequencies(batches: Iterable[Any], model: nn.Module, *, progress: boo
     """
     counter = FrequencyCounter(embedding_bag_configs(model))
     seen = 0
-    for batch in tqdm(batches, desc="counting frequencies", unit="batch", disable=not progress):
+    for batch in progress_bar(batches, desc="counting frequencies", unit="batch", disable=not progress):
         counter.update(batch if isinstance(batch, KeyedJaggedTensor) else batch.sparse_features)
         seen += 1
     if not seen:

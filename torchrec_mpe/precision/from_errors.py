@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from tqdm import tqdm
 
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.precision.allocate_bytes import allocate_under_budget, allocate_under_error, curves_of
 from torchrec_mpe.precision.counts_of_table import counts_of_table
@@ -99,7 +99,7 @@ def precision_from_errors(
     lookups = {table.name: _lookups(table, rows, counts) for table in tables}
     candidates: list[TableCandidates] = []
     total = 2 * sum(t.num_embeddings for t in tables)
-    with tqdm(total=total, desc="measuring rows", unit="row", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=total, desc="measuring rows", unit="row", unit_scale=True, disable=not progress) as bar:
         for table in tables:
             order = frequency_order(lookups[table.name])
             histograms = _histograms(table, rows[table.name], order, lookups[table.name], bar.update)

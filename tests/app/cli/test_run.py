@@ -168,7 +168,8 @@ MISTAKES = {
     "resets": (["--resets", "0", "--method", "mpe"], "--resets must be at least 1"),
     "penalty": (["--penalty", "-1"], "--penalty must not be negative"),
     "seed": (["--seed", "-1"], "--seed must not be negative"),
-    "batch too large": (["--batch-size", "100000"], "smaller --batch-size"),
+    "another format's options": (["--format", "criteo"], "--label, --positive, --fields, --separator cannot be used"),
+    "missing pattern": (["--data", "nowhere/*.csv"], "nowhere/*.csv"),
     "min count": (["--min-count", "0"], "--min-count must be at least 1"),
 }
 
@@ -326,3 +327,49 @@ def test_printed_table_by_hand() -> None:
     assert lines[0][-5:] == ["training", "bytes", "ratio", "hit", "rate"]
     assert lines[1][-3:] == ["3", "8,000", "1.0x"] and lines[2][-2:] == ["16.0x", "3"]
     assert lines[3][-4:] == ["3", "2,000", "4.0x", "75.0%"]
+
+
+def test_defaults_on_a_small_log(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that modules cannot have, labels that are texts, fewer rows than a batch, and a second try."""
+    rows = [line.split(",") for line in log.read_text().splitlines()[1:300]]
+    small = tmp_path / "small.csv"
+    liked = ["like" if int(row[4]) >= 4 else "skip" for row in rows]
+    lines = [f"{row[0]};{row[1]};{row[1]};{label}" for row, label in zip(rows, liked, strict=True)]
+    small.write_text("\n".join(["user.id;a/b;a.b;liked", *lines]) + "\n")
+    out = tmp_path / "out"
+    options = [
+        "run", "--format", "csv", "--data", str(small), "--label", "liked", "--positive", "like", "--fields",
+        "user.id,a/b,a.b", "--delimiter", "semicolon", "--out", str(out), "--dim", "8", "--quiet",
+    ]  # fmt: skip
+    assert main([*options, "--method", "rule:100000"]) == 2
+    assert [p.name for p in out.iterdir()] == ["data"]
+    capsys.readouterr()
+    assert main([*options, "--min-count", "1"]) == 2
+    assert "holds data of another log or other options" in capsys.readouterr().err
+    assert main(options) == 0
+    printed, error = capsys.readouterr()
+    assert "is prepared already and used again" in printed
+    assert "training rows are fewer than one batch of 512: batches have 16 rows instead" in printed
+    assert "warning: coded:100 is left out: method coded:100 does not fit this data" in error
+    records = json.loads((out / "results.json").read_text())
+    assert [record["method"] for record in records] == ["fp32", "mpe"]
+    assert "left out: coded:100" in (out / "report.html").read_text()
+    packed = mpe.load(out / "mpe-seed0" / "artifact")
+    names = {table.name: table.feature_names for table in packed.embedding_bag_configs()}
+    assert names == {"t_user_id": ["user.id"], "t_a_b": ["a/b"], "t_a_b_2": ["a.b"]}
+
+
+def test_prepared_data_honours_no_options_of_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["run", "--format", "prepared", "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    assert main([*given, "--label", "y", "--split-seed", "0", "--min-count", "2"]) == 2
+    assert "--label, --split-seed, --min-count cannot be used with --format prepared" in capsys.readouterr().err
+    assert main([*given, str(tmp_path)]) == 2
+    assert "--format prepared takes one folder" in capsys.readouterr().err
+
+
+def test_labels_without_an_auc_are_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("y,a\n" + "".join(f"{int(k < 90 and k % 2)},{k % 5}\n" for k in range(100)))
+    options = ["--data", str(path), "--label", "y", "--fields", "a", "--split", "chronological", "--quiet"]
+    assert main(["run", "--format", "csv", *options, "--out", str(tmp_path / "out")]) == 2
+    assert "all 10 test rows are negative, so that there is nothing to tell apart" in capsys.readouterr().err

@@ -40,7 +40,8 @@ def test_what_a_job_keeps_of_its_log(tmp_path: Path) -> None:
     options = parse("--format", "csv", "--data", str(tmp_path / "log.csv"), "--label", "y", "--fields", "a, b")
     assert log_description(options) == {
         "log": str(tmp_path / "log.csv"), "format": "csv", "label": "y", "positive": None, "fields": ["a", "b"],
-        "numbers": [], "separator": None, "time": None, "split": "random", "split_seed": 0, "min_count": 2,
+        "numbers": [], "separator": None, "delimiter": None, "columns": None, "time": None,
+        "split": "random", "split_seed": 0, "min_count": 2,
     }  # fmt: skip
     assert prepared_folder(options, tmp_path / "out") == tmp_path / "out"
     options = parse("--format", "prepared", "--data", str(tmp_path))
@@ -49,12 +50,12 @@ def test_what_a_job_keeps_of_its_log(tmp_path: Path) -> None:
 
 def test_a_new_format(write_csv: WriteLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(options: argparse.Namespace) -> formats.Log:
-        return replace(csv_log(options.data, label="y", fields=["a"]), delimiter=options.delimiter)
+        return replace(csv_log(options.data, label="y", fields=["a"]), delimiter=options.between)
 
-    monkeypatch.setitem(formats.FORMATS, "ssv", Format(read, {"delimiter": {"help": "between cells"}}))
+    monkeypatch.setitem(formats.FORMATS, "ssv", Format(read, {"between": {"help": "between cells"}}))
     path = write_csv("y;a", [[f"{k % 2};{k % 3}"] for k in range(90)])
-    given = ["--format", "ssv", "--data", str(path), "--delimiter", ";"]
+    given = ["--format", "ssv", "--data", str(path), "--between", ";"]
     assert prepare_data(parse(*given), tmp_path / "out", progress=False).fields[0].name == "a"
-    assert log_description(parse(*given))["delimiter"] == ";"
-    with pytest.raises(UserError, match="--delimiter cannot be used with --format criteo"):
+    assert log_description(parse(*given))["between"] == ";"
+    with pytest.raises(UserError, match="--between cannot be used with --format criteo"):
         prepare_data(parse(*given, "--format", "criteo"), tmp_path / "out", progress=False)

@@ -37,8 +37,26 @@ def test_without_expression_only_zero_and_one_are_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["", ">=", "abc", ">=x", "nan", ">inf", "3 4", "=>3", "1 or 2", "__import__('os')"]
+    "expression", ["", ">=", ">=x", "nan", ">inf", "3 4", "4,5", "yes,4", "yes,", "=>3", "=>yes", "yes=no"]
 )
 def test_bad_expressions(expression: str) -> None:
     with pytest.raises(UserError, match="is not a comparison with a number"):
         LabelRule.parse(expression)
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("True", [True, False, False]),
+        ("==True", [True, False, False]),
+        ("!=skip", [True, False, True]),
+        (" True , not now", [True, False, True]),
+        ("true", [False, False, False]),
+    ],
+)
+def test_labels_that_are_texts(expression: str, expected: list[bool]) -> None:
+    rule = LabelRule.parse(expression)
+    labels = pl.Series(["True", "skip", "not now"])
+    assert rule.positive(labels).to_list() == expected
+    assert rule.valid(pl.Series(["True", "", "other"])).to_list() == [True, False, True]
+    assert LabelRule.parse(str(rule)) == rule

@@ -2,6 +2,7 @@ import errno
 import gzip
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,18 @@ GOOD = [(i % 2, i % 3, "k") for i in range(40)]
         ([*GOOD, (1, 1)], {}, "line 42: 2 columns found where 3 are expected"),
         (GOOD, {"positive": ">3"}, "column 'y' makes every row negative (positive is >3)"),
         (GOOD, {"positive": ">=0"}, "column 'y' makes every row positive (positive is >=0)"),
-        (GOOD, {"positive": "good"}, "positive 'good' is not a comparison with a number"),
+        (GOOD, {"positive": "good"}, "column 'y' makes every row negative (positive is good)"),
+        ([*GOOD, ("", 1, "k")], {"positive": "good"}, "line 42, column 'y': '' is empty, so it is no label"),
+        (GOOD, {"positive": ">=good"}, "positive '>=good' is not a comparison with a number"),
+        (GOOD, {"columns": ["a", "b"]}, "column 'y' is not among the columns that are named: a, b"),
+        (GOOD, {"columns": ["y", "a", "b", "a"]}, "column 'a' is named twice among all columns"),
+        (GOOD, {"columns": ["y", "a", "b"]}, "line 1: this is a header line, which is not expected: use no --columns"),
+        (GOOD, {"columns": ["y", "a"]}, "line 1: 3 columns found where 2 are expected"),
+        (GOOD, {"delimiter": ";"}, "no column 'y': its columns are 'y,a,b': the delimiter seems to be another, give "),
+        (GOOD, {"delimiter": ";;"}, "the delimiter ';;' cannot be"),
+        ([(i % 2, i, "'[1, 2]'") for i in range(9)], {"fields": ["b"], "delimiter": ";"}, "no column 'y'"),
+        ([(i % 2, f"a:0.{i}|b:1.5", "k") for i in range(9)], {}, "column 'a', such as 'a:0.0|b:1.5', holds ids with w"),
+        ([(i % 2, f"a:{i}.5", "k") for i in range(9)], {"separators": "|"}, "column 'a', such as 'a:0.5', holds ids w"),
         (GOOD, {"fields": ["z"]}, "no column 'z': its columns are 'y', 'a', 'b'"),
         (GOOD, {"label": "z"}, "no column 'z': its columns are 'y', 'a', 'b'"),
         (GOOD, {"fields": ["b"]}, "no field to learn from: b holds one single value in the whole file"),
@@ -363,3 +375,71 @@ def test_vocabulary_file_is_plain_parquet(write_csv: WriteLog, tmp_path: Path) -
     table = pl.read_parquet(tmp_path / "out" / "vocabulary" / "1.parquet")
     assert table.schema == {"value": pl.String, "count": pl.Int64}
     assert table.equals(dataset.vocabulary("genres"))
+
+
+def test_several_files_are_one_log(write_csv: WriteLog, tmp_path: Path) -> None:
+    rows = made_up_rows(600)
+    expected = contents(prepare_made_up(write_csv("y,a,b,g,n", rows), tmp_path / "0").path)
+    del expected["manifest.json"]  # names the files
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for place, number in enumerate((1, 9, 10)):
+        write_csv("y,a,b,g,n", rows[200 * place : 200 * place + 200], f"parts/day_{number}.csv")
+    # The order of columns is each file's own.
+    shuffled = [(row[0], row[4], *row[1:4]) for row in rows[200:400]]
+    write_csv("y,n,a,b,g", shuffled, "parts/day_9.csv")
+    names = [parts / f"day_{number}.csv" for number in (1, 9, 10)]
+    for given in (parts, parts / "day_*.csv", names):
+        dataset = prepare_made_up(given, tmp_path / "out")  # type: ignore[arg-type]
+        got = contents(dataset.path)
+        assert dataset.manifest["source"]["bytes"] == sum(name.stat().st_size for name in names)
+        assert {name: got[name] for name in expected} == expected
+        shutil.rmtree(tmp_path / "out")
+        (parts / "_SUCCESS").touch()
+    with names[1].open("a") as file:
+        file.write("x,1,1,1,\n")
+    with pytest.raises(UserError, match=r"day_9\.csv, line 202, column 'y': 'x' is not 0 or 1"):
+        prepare_made_up(parts, tmp_path / "out")
+
+
+def test_parquet_is_read_like_the_same_text(write_csv: WriteLog, tmp_path: Path) -> None:
+    rows = made_up_rows(300)
+    path = write_csv("y,a,b,g,n,t", [(*row, f"2024-01-01 00:{k // 60:02}:{k % 60:02}") for k, row in enumerate(rows)])
+    options: dict[str, Any] = {"time": "t", "split": "chronological"}
+    text = contents(prepare_made_up(path, tmp_path / "text", **options).path)
+    frame = pl.read_csv(path, try_parse_dates=True)
+    frame = frame.with_columns(pl.col("y").cast(pl.Boolean), pl.col("g").str.split("|"))
+    frame.write_parquet(tmp_path / "log.parquet", row_group_size=70)
+    fields = {"label": "y", "fields": ["a", "b", "g"], "numbers": ["n"], "progress": False}
+    dataset = prepare_csv(tmp_path / "log.parquet", tmp_path / "parquet", **fields, **options)
+    got = contents(dataset.path)
+    assert {name for name in text if got[name] != text[name]} == {"manifest.json"}
+    with pytest.raises(UserError, match=r"column 'g' holds lists \(large_list<.*\): only fields can"):
+        prepare_csv(tmp_path / "log.parquet", tmp_path / "out", label="y", fields=["a"], numbers=["g"])
+    frame.with_columns(pl.lit(2).alias("y")).write_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet, row 1, column 'y': '2' is not 0 or 1"):
+        prepare_csv(tmp_path / "bad.parquet", tmp_path / "out", label="y", fields=["a"], progress=False)
+    data = (tmp_path / "log.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"cut\.parquet is a damaged Parquet file"):
+        prepare_csv(tmp_path / "cut.parquet", tmp_path / "out", label="y", fields=["a"], progress=False)
+
+
+def test_json_lists(tmp_path: Path) -> None:
+    path = tmp_path / "log.tsv"
+    cells = ['["x", "y"]', "[]", "[3, 4]", "", '["x"]'] * 4
+    path.write_text("".join(f"{'no' if k % 2 else 'yes'}\t{cell}\n" for k, cell in enumerate(cells)))
+    options: dict[str, Any] = {
+        "label": "y", "fields": ["a"], "columns": ["y", "a"], "delimiter": "\t", "positive": "yes", "progress": False,
+        "split": "chronological", "min_count": 1,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="holds lists: with --separator json"):
+        prepare_csv(path, tmp_path / "out", **options)
+    # In a file without a header, quotes that begin no cell are the cells' own.
+    dataset = prepare_csv(path, tmp_path / "out", **options, separators="json")
+    assert array(dataset, "train", "labels").tolist() == [1, 0] * 8
+    assert array(dataset, "train", "0.offsets").tolist()[:6] == [0, 2, 2, 4, 4, 5]
+    assert set(dataset.vocabulary("a")["value"]) == {"x", "y", "3", "4", None}
+    path.write_text(path.read_text() + "yes\t['x']\n")
+    with pytest.raises(UserError, match=r"line 21, column 'a': .* is no JSON list of texts or whole numbers"):
+        prepare_csv(path, tmp_path / "other", **options, separators="json")

@@ -1,7 +1,10 @@
+import bz2
 import gzip
+import os
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from torchrec_mpe.app.data import reader
@@ -46,8 +49,23 @@ def test_reads_only_the_used_columns_as_text(tmp_path: Path) -> None:
         GOOD.replace(b"\n", b"\n\n"),
         gzip.compress(GOOD),
         gzip.compress(GOOD[:9]) + gzip.compress(GOOD[9:]),
+        bz2.compress(GOOD),
+        pa.compress(GOOD, "zstd", asbytes=True),
+        pa.compress(GOOD, "zstd", asbytes=True) + pa.compress(b"", "zstd", asbytes=True),
+        pa.compress(GOOD, "lz4", asbytes=True),
     ],
-    ids=["windows line ends", "byte order mark", "no last line end", "empty lines", "gzip", "two gzip members"],
+    ids=[
+        "windows line ends",
+        "byte order mark",
+        "no last line end",
+        "empty lines",
+        "gzip",
+        "two gzip members",
+        "bz2",
+        "zstd",
+        "two zstd frames",
+        "lz4",
+    ],
 )
 def test_reads_variants_of_the_same_log(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "log.csv"
@@ -159,3 +177,86 @@ def test_unclosed_quote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
     message = error_of(tmp_path / "log.csv", GOOD + b'1,x,"p\n' + b"1,x,p\n" * 1000)
     assert "line 4" in message and "quotes" in message
+
+
+def test_truncated_zstd_has_a_line(tmp_path: Path) -> None:
+    rows = b"y,a,b\n" + b"".join(f"1,{i * 7919},p\n".encode() for i in range(1000))
+    message = error_of(tmp_path / "log.csv.zst", pa.compress(rows, "zstd", asbytes=True)[:-20])
+    assert "line " in message and "the zstd file ends here too early" in message
+
+
+def test_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.csv"
+    long = b"1," + b"z" * 200_000 + b",p\n"
+    path.write_bytes(GOOD + long)
+    assert read(csv_of(path)).height == 3
+    # The line that is wrong is found behind them, not they.
+    assert "line 5: 2 columns" in error_of(path, GOOD + long + b"1,x\n")
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 10_000)
+    message = error_of(path, GOOD + long)
+    assert "line 4: the line has 200,002 characters, and 10,000 can be read" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (GOOD.decode().encode("utf-16"), "UTF-16 text"),
+        (GOOD.decode().encode("utf-16-le"), "UTF-16 text"),
+        (b"PK\x03\x04" + bytes(range(200)), "a zip file"),
+        (gzip.compress(bytes(257) + b"ustar  " + bytes(100)), "a tar file"),
+        (b"\xfd7zXZ\0" + bytes(9), "an xz file"),
+        (b'{"y": 1, "a": "x"}\n', "JSON"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+        (b"\x80\x04\x95abc", "a pickle"),
+        (bytes(range(256)), "binary data of a format that is not known"),
+    ],
+)
+def test_what_is_not_read_is_named(tmp_path: Path, data: bytes, name: str) -> None:
+    message = error_of(tmp_path / "log.csv", data)
+    assert f"is {name}" in message and message.isprintable() and len(message) < 300
+
+
+@pytest.mark.parametrize("name", ["ORCID", "PAR1", "Objective", "BZh9"])
+def test_a_text_that_begins_like_another_format(tmp_path: Path, name: str) -> None:
+    (tmp_path / "log.csv").write_text(f"{name},y\nx,1\n")
+    assert read(csv_of(tmp_path / "log.csv", name))[name].to_list() == ["x"]
+
+
+def test_a_pipe_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        read(csv_of(tmp_path / "pipe"))
+
+
+def test_names_of_a_file_without_a_header_line_are_cut(tmp_path: Path) -> None:
+    message = error_of(tmp_path / "log.csv", b",".join([b"z" * 5000, *(b"%d" % i for i in range(99))]) + b"\n1\n")
+    assert "and 80 more: if the first line is a row already, name all columns with --columns" in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("\t" * 38, "39 columns found .* Criteo's test files have no labels"),
+        ("1," + "," * 38, "1 columns found .*: use --format csv with --delimiter comma"),
+        ("label" + "\t" * 39, "line 1: this is a header line, .*: use --format csv with --delimiter tab"),
+    ],
+)
+def test_what_is_not_quite_criteo(tmp_path: Path, line: str, advice: str) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError, match=advice):
+        read(criteo_log(path))
+
+
+def test_paths_that_name_no_file(tmp_path: Path) -> None:
+    (tmp_path / "prepared" / "vocabulary").mkdir(parents=True)
+    (tmp_path / "prepared" / "manifest.json").touch()
+    for path, message in (
+        (tmp_path / "*.tsv", "does not exist"),
+        (tmp_path / "prepared", "is prepared data: give it with --format prepared"),
+        (tmp_path, "holds the folder prepared: name the files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(csv_of(path))

@@ -1,5 +1,6 @@
 """Method names, evaluation by hand, and the models' inputs."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_mpe import MPEEmbeddingBagCollection
+from torchrec_mpe.app.cli.result_table import result_table
 from torchrec_mpe.app.models import build_model
 from torchrec_mpe.app.training.loop import evaluate
 from torchrec_mpe.app.training.method import Method
@@ -100,6 +102,19 @@ def test_predictions_that_are_not_finite_end_the_job() -> None:
 
     with pytest.raises(UserError, match="predictions of the test rows are not finite: training diverged"):
         evaluate(Diverged(), _Data(), "test", torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_labels_that_are_all_alike_have_no_auc() -> None:
+    class OneClass(_Data):
+        def batches(self, split: str, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+            for batch in super().batches(split, batch_size, rank, world_size):
+                yield Batch(batch.dense_features, batch.sparse_features, torch.ones(2))
+
+    got = evaluate(_First(), OneClass(), "test", torch.device("cpu"))  # type: ignore[arg-type]
+    assert math.isnan(got["auc"]) and got["logloss"] > 0
+    sizes = {"average_bits": 32.0, "embedding_bytes": 1, "compression_ratio": 1.0}
+    line = result_table([{"method": "fp32", "seed": 0, "seconds": 1.0, **got, **sizes}]).splitlines()[1]
+    assert line.split()[:2] == ["fp32", "-"]
 
 
 @pytest.mark.parametrize("kind", ["dlrm", "dnn"])

@@ -110,7 +110,7 @@ def test_empty_tensors_of_dimensions_that_no_tensor_has(tmp_path: Path, shape: s
     header = f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}'.encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(
-        ValueError, match="x: tensor 'a' has the dimensions .*, which no tensor has|x is damaged: "
+        ValueError, match=r"x: tensor 'a' has the dimensions .*, which no tensor has|x is damaged: "
     ) as error:
         map_tensors(tmp_path / "x")
     assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     options.method = options.method or ["fp32", "rule:100", "coded:100", "mpe"]
     methods, settings, how = check(options)
     with no_empty_folder(options.out), tempfile.TemporaryDirectory() as folder:
-        options.data = Path("generated log")
+        options.data = [Path("generated log")]
         log = Path(folder) / "generated-log.tsv"
         write_synthetic_log(log, rows=options.rows, progress=not options.quiet)
         data = prepare_log(criteo_log(log), options.out / "data", min_count=1, progress=not options.quiet)

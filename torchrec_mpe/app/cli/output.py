@@ -10,8 +10,10 @@ from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
 
 
-def check_output(options: argparse.Namespace) -> None:
+def check_output(options: argparse.Namespace, *, reusable: str | None = None) -> None:
     """See that --out is free and that --json can be a file, where a command has them.
+
+    What is called ``reusable`` in --out may stand there already.
 
     Raises:
         UserError: if not.
@@ -19,7 +21,7 @@ def check_output(options: argparse.Namespace) -> None:
     out: Path | None = getattr(options, "out", None)
     file: Path | None = getattr(options, "json", None)
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(entry.name != reusable for entry in out.iterdir())):
             raise UserError(f"--out {out} already exists and is not an empty folder: choose another")
         _check_writable("--out", out)
     if file is not None:

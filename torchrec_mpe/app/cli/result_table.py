@@ -1,9 +1,11 @@
 """The table that a run prints."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrec_mpe.app.report.estimates import summarize
+from torchrec_mpe.app.report.numerals import auc_text
 from torchrec_mpe.files.text_table import text_table
 
 
@@ -21,12 +23,12 @@ def result_table(records: Sequence[Mapping[str, Any]]) -> str:
     if cached:
         lines[0] += ["training bytes", "ratio", "hit rate"]
     for row in rows:
-        error = "" if row.auc.error is None else f" ± {row.auc.error:.4f}"
+        error = "" if row.auc.error is None or math.isnan(row.auc.mean) else f" ± {row.auc.error:.4f}"
         lines.append(
             [
                 row.method,
-                f"{row.auc.mean:.4f}{error}",
-                "" if row.delta is None else f"{row.delta.mean:+.4f}",
+                f"{auc_text(row.auc.mean)}{error}",
+                "" if row.delta is None or math.isnan(row.delta.mean) else f"{row.delta.mean:+.4f}",
                 f"{row.logloss.mean:.4f}",
                 f"{row.average_bits.mean:.3f}",
                 f"{row.embedding_bytes.mean:,.0f}",

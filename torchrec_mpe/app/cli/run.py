@@ -15,10 +15,13 @@ import torch
 
 from torchrec_mpe.app.cli.output import check_output
 from torchrec_mpe.app.cli.result_table import result_table
-from torchrec_mpe.app.data.formats import add_data_options, prepare_data, print_notes
+from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.formats import add_data_options, log_description, open_prepared, prepare_data, print_notes
+from torchrec_mpe.app.data.log_files import log_files, shown_paths
 from torchrec_mpe.app.data.split import SPLITS
 from torchrec_mpe.app.hardware import cpu_name
 from torchrec_mpe.app.report.data import ReportData
+from torchrec_mpe.app.report.numerals import auc_text
 from torchrec_mpe.app.report.write import write_report
 from torchrec_mpe.app.training.method import FORMS, Method
 from torchrec_mpe.app.training.options import SETTINGS, add_options, check_options, run_settings_of, settings_of
@@ -33,6 +36,8 @@ from torchrec_mpe.inference.artifact.save_load import save
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 from torchrec_mpe.packing.layout import TableLayout
 from torchrec_mpe.upstream.versions import __version__, installed_versions
+
+_DATA = "data"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,11 +70,39 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prepare the data, run every method with every seed, and report."""
-    methods, settings, how = check(options)
+    methods, settings, how = check(options, reusable=_DATA)
     with no_empty_folder(options.out):
-        data = prepare_data(options, options.out / "data", progress=not options.quiet)
+        data = _prepared(options)
         print_notes(data)
         return compare(options, [Job(method, data, settings, how) for method in methods])
+
+
+def _prepared(options: argparse.Namespace) -> PreparedDataset:
+    """The log, prepared into --out, or found there as an earlier run with the same options has left it.
+
+    Raises:
+        UserError: for a mistake in the log or in the options, or if what is found is of other ones.
+    """
+    folder = options.out / _DATA
+    prepared = open_prepared(options)
+    if prepared is not None:
+        if folder.exists():
+            raise UserError(f"--out {options.out} already exists and is not an empty folder: choose another")
+        return prepared
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in log_files(options.data)]
+    source = json.dumps({**log_description(options), "files": files}, indent=2) + "\n"
+    file = folder / "source.json"
+    if not folder.exists():
+        data = prepare_data(options, folder, progress=not options.quiet)
+        with atomic_file(file) as temporary:
+            temporary.write_text(source)
+        return data
+    if not file.is_file() or file.read_text() != source:
+        raise UserError(
+            f"{folder} holds data of another log or other options: choose another --out, or remove the folder"
+        )
+    print(f"note: {folder} is prepared already and used again")
+    return PreparedDataset.open(folder)
 
 
 @contextmanager
@@ -83,8 +116,8 @@ def no_empty_folder(path: Path) -> Iterator[None]:
         raise
 
 
-def check(options: argparse.Namespace) -> tuple[list[Method], Settings, RunSettings]:
-    """Methods and settings from the options, before any work is done.
+def check(options: argparse.Namespace, *, reusable: str | None = None) -> tuple[list[Method], Settings, RunSettings]:
+    """Methods and settings from the options, before any work is done; ``reusable`` may be in --out already.
 
     Raises:
         UserError: for options that cannot be.
@@ -94,25 +127,49 @@ def check(options: argparse.Namespace) -> tuple[list[Method], Settings, RunSetti
     options.seed = list(dict.fromkeys(options.seed))
     methods = [Method.parse(name) for name in dict.fromkeys(options.method or ["fp32", "coded:100", "mpe"])]
     check_options(options, searches=any(method.searches for method in methods))
-    check_output(options)
+    check_output(options, reusable=reusable)
     how = replace(run_settings_of(options), progress=not options.quiet)
     return methods, settings_of(options, seed=options.seed[0]), how
 
 
 def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
-    """Run one job a method, with every seed; each result is written as it is complete."""
+    """Run one job a method, with every seed; each result is written as it is complete.
+
+    A method that does not fit the data, or fails, is left out with a warning; the others run.
+
+    Raises:
+        UserError: if no method comes to a result.
+    """
     quiet_dependencies()
     outcomes: list[Outcome] = []
     codings: dict[str, dict[str, TableLayout]] = {}
+    left_out: dict[str, UserError] = {}
     with process_group(jobs[0].run.device):
+        jobs = _with_batches_that_fit(jobs)
         for job in jobs:
-            job.check()
+            try:
+                job.check()
+            except UserError as error:
+                left_out[job.method.name] = error
+        jobs = [job for job in jobs if job.method.name not in left_out]
+        if not jobs:
+            raise next(iter(left_out.values()))
+        for name, reason in left_out.items():
+            _warn_left_out(name, reason)
         for seed in options.seed:
             teacher: Trained | None = None
             for number, job in enumerate(jobs):
                 is_coded = job.method.kind == "coded"
                 seeded = replace(job, settings=replace(job.settings, seed=seed))
-                outcome = run_pipeline(seeded, teacher if is_coded else None)
+                try:
+                    outcome = run_pipeline(seeded, teacher if is_coded else None)
+                except UserError as error:
+                    if len(jobs) * len(options.seed) == 1:
+                        raise
+                    name = f"{job.method.name} seed {seed}"
+                    left_out[name] = error
+                    _warn_left_out(name, error)
+                    continue
                 r = outcome.record
                 folder = options.out / f"{r['method'].replace(':', '-')}-seed{seed}"
                 if outcome.plan is not None:
@@ -134,15 +191,31 @@ def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
                     ratio = r["fp32_training_bytes"] / r["training_bytes"]
                     hits = f"{r['training_bytes']:,} in training ({ratio:.1f}x), hit rate {r['hit_rate']:.1%}, "
                 print(
-                    f"{r['method']} seed {seed}: AUC {r['auc']:.4f}, {r['embedding_bytes']:,} bytes "
+                    f"{r['method']} seed {seed}: AUC {auc_text(r['auc'])}, {r['embedding_bytes']:,} bytes "
                     f"({r['compression_ratio']:.1f}x), {hits}{r['seconds']:.0f} s",
                     flush=True,
                 )
-    page = write_report(options.out, _report_data(options, jobs[0], outcomes, codings))
+    if not outcomes:
+        raise UserError(f"no method came to a result; the last one: {list(left_out.values())[-1]}")
+    page = write_report(options.out, _report_data(options, jobs[0], outcomes, codings, left_out))
     print()
     print(result_table([outcome.record for outcome in outcomes]))
     print(f"\nreport: {page}")
     return 0
+
+
+def _with_batches_that_fit(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The jobs, with smaller batches where there are fewer training rows than one batch has."""
+    rows, size = jobs[0].data.num_rows("train"), jobs[0].settings.batch_size
+    if rows >= size:
+        return jobs
+    smaller = max(2, 1 << (max(1, rows // 8).bit_length() - 1))
+    print(f"note: {rows} training rows are fewer than one batch of {size}: batches have {smaller} rows instead")
+    return [replace(job, settings=replace(job.settings, batch_size=smaller)) for job in jobs]
+
+
+def _warn_left_out(name: str, reason: UserError) -> None:
+    print(f"torchrec-mpe: warning: {name} is left out: {reason}", file=sys.stderr, flush=True)
 
 
 def _write_records(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
@@ -169,11 +242,12 @@ def _report_data(
     job: Job,
     outcomes: Sequence[Outcome],
     codings: Mapping[str, Mapping[str, TableLayout]],
+    left_out: Mapping[str, UserError],
 ) -> ReportData:
     data, settings = job.data, job.settings
     first_seed = {o.record["method"]: o for o in reversed(outcomes)}
     return ReportData(
-        title=f"Mixed-precision embeddings on {Path(options.data).name}",
+        title=f"Mixed-precision embeddings on {shown_paths([Path(path.name) for path in options.data])}",
         results=[o.record for o in outcomes],
         curves=[
             {"method": o.record["method"], "seed": o.record["seed"], "phase": phase, **vars(curve)}
@@ -194,12 +268,13 @@ def _report_data(
             "command": shlex.join(["torchrec-mpe", *sys.argv[1:]]),
         },
         data={
-            "log": str(options.data),
+            "log": shown_paths(options.data),
             **{f"{split} rows": data.num_rows(split) for split in SPLITS},
             "fields": len(data.fields),
             "ids": sum(field.num_embeddings for field in data.fields),
             "embedding dimension": settings.dim,
             "model": settings.model,
             "resets": settings.resets,
+            **{f"left out: {name}": str(reason) for name, reason in left_out.items()},
         },
     )

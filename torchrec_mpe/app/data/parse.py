@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from torchrec_mpe.app.data.bags import bag_lists, looks_unread
 from torchrec_mpe.app.data.bucketing import bucket_text, dense_feature
-from torchrec_mpe.app.data.diagnosis import line_of_row
+from torchrec_mpe.app.data.diagnosis import place_of_row
 from torchrec_mpe.app.data.log import Log
 from torchrec_mpe.errors import UserError
 
@@ -31,8 +32,7 @@ def _reject(log: Log, text: pl.Series, good: pl.Series, first_row: int, what: st
     if good.all():
         return
     row = int(good.to_numpy().argmin())
-    line = line_of_row(log, first_row + row)
-    raise UserError(f"{log.path}, line {line}, column {text.name!r}: {_shown(text[row])} {what}")
+    raise UserError(f"{place_of_row(log, first_row + row)}, column {text.name!r}: {_shown(text[row])} {what}")
 
 
 def _shown(text: str) -> str:
@@ -65,9 +65,13 @@ def parse_batch(log: Log, frame: pl.DataFrame, first_row: int) -> ParsedBatch:
         UserError: if a label, number or time is not one, with its line number, column and value.
     """
     text = frame[log.label]
-    values = _numbers(frame, (log.label,)).to_series()
-    wanted = "is not a number" if log.rule.comparison else "is not 0 or 1"
-    advice = "mend the line" if log.rule.comparison else "mend the line, or say which labels are positive"
+    values = text.str.strip_chars() if log.rule.texts else _numbers(frame, (log.label,)).to_series()
+    if log.rule.texts:
+        wanted, advice = "is empty", "mend the line"
+    elif log.rule.comparison:
+        wanted, advice = "is not a number", "mend the line, or name the positive labels"
+    else:
+        wanted, advice = "is not 0 or 1", "mend the line, or say which labels are positive, such as --positive True"
     _reject(log, text, log.rule.valid(values), first_row, f"{wanted}, so it is no label: {advice}")
     labels = log.rule.positive(values).to_numpy()
 
@@ -86,9 +90,23 @@ def parse_batch(log: Log, frame: pl.DataFrame, first_row: int) -> ParsedBatch:
         dense = np.zeros((frame.height, 0), np.float32)
 
     categories = frame.select(
-        pl.col(column.name).str.split(column.separator or "").list.eval(pl.element().filter(pl.element() != ""))
-        if column.kind == "bag"
-        else pl.col(column.name)
+        _bags(log, frame[column.name], column.separator, first_row) if column.kind == "bag" else frame[column.name]
         for column in log.columns
     ).with_columns(bucket_text(column) for column in numbers)
+    if first_row == 0:
+        _check_ids(log, categories)
     return ParsedBatch(labels, times, np.ascontiguousarray(dense), categories)
+
+
+def _bags(log: Log, cells: pl.Series, separator: str | None, first_row: int) -> pl.Series:
+    return bag_lists(cells, separator, lambda good, what: _reject(log, cells, good, first_row, what))
+
+
+def _check_ids(log: Log, categories: pl.DataFrame) -> None:
+    """Raise a UserError if the first rows hold what would be taken for single ids, and is more."""
+    for column in log.columns:
+        is_bag = column.kind == "bag"
+        cells = categories[column.name].explode() if is_bag else categories[column.name]
+        if column.kind != "number" and (reason := looks_unread(cells.drop_nulls(), is_bag)):
+            shown = next(cell for cell in cells if cell)
+            raise UserError(f"{log.name}: column {column.name!r}, such as {_shown(shown)}, {reason}")

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
-from tqdm import tqdm
 
 from torchrec_mpe.app.data.coded_log import CodedLog, code_log
 from torchrec_mpe.app.data.dataset import FORMAT_VERSION, PreparedDataset
 from torchrec_mpe.app.data.log import Log
+from torchrec_mpe.app.data.log_files import log_files
+from torchrec_mpe.app.data.reader import checked_log
 from torchrec_mpe.app.data.split import SPLITS, SplitKind, assign_splits, check_split
 from torchrec_mpe.app.data.split_writer import count_training_values, write_splits
 from torchrec_mpe.app.data.vocabulary import build_vocabulary
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_directory
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.upstream.versions import __version__
 
 
@@ -56,6 +58,7 @@ def prepare_log(
         raise UserError(f"min_count is {min_count}: give 1 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not an empty folder: choose another or remove it")
+    log = checked_log(log)
     with atomic_directory(out) as folder:
         coded = code_log(log, folder / "coded", progress=progress)
         manifest = _write(coded, folder, min_count, split, seed, progress)
@@ -79,7 +82,7 @@ def _write(
     dropped: list[dict[str, str]] = []
     ids: dict[int, npt.NDArray[np.int32]] = {}
     some_id = False
-    columns = tqdm(log.columns, unit="field", desc="ordering", disable=not progress)
+    columns = progress_bar(log.columns, unit="field", desc="ordering", disable=not progress)
     for index, column in enumerate(columns):
         values = coded.dictionaries[index].take_values()
         some_id |= bool((values != "").any())
@@ -108,10 +111,10 @@ def _write(
     names = ", ".join(column.name for column in log.columns)
     if not some_id:
         raise UserError(
-            f"{log.path} holds no ids: columns {names} are empty in every row: name columns that have values"
+            f"{log.name} holds no ids: columns {names} are empty in every row: name columns that have values"
         )
     if not fields:
-        raise UserError(f"{log.path} has no field to learn from: {dropped[0]['name']} {dropped[0]['reason']}")
+        raise UserError(f"{log.name} has no field to learn from: {dropped[0]['name']} {dropped[0]['reason']}")
 
     dense = np.flatnonzero(coded.dense_bounds[:, 0] < coded.dense_bounds[:, 1]).tolist()
     for index, name in enumerate(log.numbers):
@@ -122,9 +125,9 @@ def _write(
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "source": {
-            "path": str(log.path),
+            "path": log.name,
             "format": log.format,
-            "bytes": log.path.stat().st_size,
+            "bytes": sum(file.stat().st_size for file in log_files(log.paths)),
             "rows": coded.rows,
             "values": sum(dictionary.size for dictionary in coded.dictionaries),
         },
@@ -143,7 +146,7 @@ def _write(
 
 def _check_rows(coded: CodedLog, splits: npt.NDArray[np.uint8]) -> None:
     """Raise a UserError if a part of the split is empty or all labels are alike."""
-    path, rows = coded.log.path, coded.rows
+    path, rows = coded.log.name, coded.rows
     for name, count in zip(SPLITS, np.bincount(splits, minlength=len(SPLITS)).tolist(), strict=True):
         if count == 0:
             cause = f"{rows} rows are too few" if coded.times is None else f"{rows} rows have too few different times"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from torchrec_mpe.app.data.arrays import ArrayWriter, array_writer
 from torchrec_mpe.app.data.coded_log import Block, CodedLog
 from torchrec_mpe.app.data.split import SPLITS
+from torchrec_mpe.files.progress import progress_bar
 
 
 def count_training_values(
@@ -20,7 +20,7 @@ def count_training_values(
     kinds = [column.kind for column in coded.log.columns]
     single = [index for index, kind in enumerate(kinds) if kind != "bag"]
     bags = [index for index, kind in enumerate(kinds) if kind == "bag"]
-    with tqdm(total=coded.rows, unit="row", unit_scale=True, desc="counting", disable=not progress) as bar:
+    with progress_bar(total=coded.rows, unit="row", unit_scale=True, desc="counting", disable=not progress) as bar:
         for block in coded.blocks():
             training = splits[block.rows] == 0
             codes = block.codes[training]
@@ -89,7 +89,7 @@ def write_splits(
 
     with (
         ExitStack() as stack,
-        tqdm(total=coded.rows, unit="row", unit_scale=True, desc="writing", disable=not progress) as bar,
+        progress_bar(total=coded.rows, unit="row", unit_scale=True, desc="writing", disable=not progress) as bar,
     ):
         files = [_SplitFiles(stack, folder / name, len(kept_single), bag_fields, len(dense)) for name in SPLITS]
         for block in coded.blocks():

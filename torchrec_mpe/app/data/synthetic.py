@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from tqdm import tqdm
 
 from torchrec_mpe.app.data.log import CRITEO_CATEGORIES, CRITEO_NUMBERS
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.files.progress import progress_bar
 
 # Fields in pairs of equal size, the first useful and the second useless: (possible ids, Zipf exponent). The useful
 # ones' effects on the logit have the standard deviation of _EFFECTS, over rows.
@@ -118,7 +118,7 @@ def write_synthetic_log(
     with (
         atomic_file(path) as temporary,
         temporary.open("wb") as file,
-        tqdm(total=rows, unit="row", unit_scale=True, desc="writing a made-up log", disable=not progress) as bar,
+        progress_bar(total=rows, unit="row", unit_scale=True, desc="making up a log", disable=not progress) as bar,
     ):
         for start in range(0, rows, _BLOCK_ROWS):
             count = min(_BLOCK_ROWS, rows - start)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
-from torchrec_mpe.app.data.formats import FORMATS, prepare_data, print_notes
+from torchrec_mpe.app.data.formats import open_prepared, prepare_data, print_notes
 from torchrec_mpe.errors import UserError
 from torchrec_mpe.upstream.process_group import store_of_all_ranks
 
@@ -24,8 +24,9 @@ def prepare_once(options: argparse.Namespace, folder: Path) -> PreparedDataset:
     Raises:
         UserError: for a mistake in the log or in the options, the same on all ranks.
     """
-    if FORMATS[options.format].read is None:
-        return PreparedDataset.open(options.data)
+    prepared = open_prepared(options)
+    if prepared is not None:
+        return prepared
     store = store_of_all_ranks()
     key = f"torchrec_mpe/prepared/{folder}"
     if dist.get_rank() == 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torchrec_mpe.app.report.numerals import auc_text
 from torchrec_mpe.app.training import stages
 from torchrec_mpe.app.training.loop import evaluate
 from torchrec_mpe.app.training.stages import Job
@@ -82,7 +83,8 @@ def emit(job: Job, retrained: Path, out: Path) -> None:
         metadata = {"result": {"test": test, **sizes}, "retrained": str(retrained.resolve())}
         save(emitted, out, plan=trained.plan, metadata=metadata)
         print(
-            f"{out}: AUC {test['auc']:.4f}, {sizes['embedding_bytes']:,} bytes ({sizes['compression_ratio']:.1f}x)",
+            f"{out}: AUC {auc_text(test['auc'])}, {sizes['embedding_bytes']:,} bytes "
+            f"({sizes['compression_ratio']:.1f}x)",
             flush=True,
         )
     dist.barrier()

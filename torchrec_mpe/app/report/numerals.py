@@ -18,6 +18,11 @@ def decimal(value: float, digits: int, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", MINUS)
 
 
+def auc_text(value: float) -> str:
+    """An AUC with 4 decimals for a terminal; "-" where there is none."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
 def with_error(value: Estimate, digits: int, scale: float = 1.0, sign: bool = False) -> str:
     """``mean ± standard error``, or the mean alone where there is no error to give or it rounds to zero."""
     mean = decimal(value.mean * scale, digits, sign)

@@ -1,5 +1,6 @@
 """One phase of training, and evaluation: the loop that a user of the library writes, as the command line has it."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -15,7 +16,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from tqdm import tqdm
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
 from torchrec_mpe.app.training.cache_counters import cache_statistics
@@ -27,6 +27,7 @@ from torchrec_mpe.distributed.batch_norms import average_batch_norms
 from torchrec_mpe.distributed.default_sharders import sharders
 from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 from torchrec_mpe.errors import UserError
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.penalty import bit_penalty
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
@@ -146,7 +147,7 @@ def train_phase(
     step = start.epoch * steps + start.batch
     running, shown = torch.zeros((), device=model.device), step
     counted = cache_statistics(model)
-    with tqdm(
+    with progress_bar(
         total=steps * epochs, initial=step, desc=phase, unit="step", disable=not progress or rank > 0, leave=False
     ) as bar:
         for epoch in range(start.epoch, epochs):
@@ -221,14 +222,17 @@ def predict(
 def evaluate(model: nn.Module, data: PreparedDataset, split: str, device: torch.device) -> dict[str, float]:
     """AUC (exact, ties counted half) and log loss of a split; every rank takes part and gets both.
 
+    The AUC of labels that are all alike is NaN: there is none.
+
     Raises:
         UserError: if predictions are not finite: nothing is saved of such a model.
     """
     logits, labels = (_of_all_ranks(values, device) for values in predict(model, data, split, device))
     if not bool(logits.isfinite().all()):
         raise UserError(f"predictions of the {split} rows are not finite: training diverged")
+    both = bool(labels.min() < labels.max())
     return {
-        "auc": float(binary_auroc(logits.double().sigmoid(), labels.int())),
+        "auc": float(binary_auroc(logits.double().sigmoid(), labels.int())) if both else math.nan,
         "logloss": float(F.binary_cross_entropy_with_logits(logits.double(), labels.double())),
     }
 

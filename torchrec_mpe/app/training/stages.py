@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_mpe.app.data.dataset import PreparedDataset
+from torchrec_mpe.app.data.split import SPLITS
 from torchrec_mpe.app.models import build_model, table_configs
 from torchrec_mpe.app.training.cache_counters import (
     cache_statistics,
@@ -90,6 +91,14 @@ class Job:
             if data.num_rows(split) < ranks:
                 raise UserError(
                     f"{data.path} has {data.num_rows(split)} {split} rows for {ranks} ranks: use fewer ranks"
+                )
+        for split in SPLITS:
+            positives = data.manifest["splits"][split]["positives"]
+            if positives in (0, 1):
+                kind = "positive" if positives else "negative"
+                raise UserError(
+                    f"{data.path}: all {data.num_rows(split)} {split} rows are {kind}, "
+                    "so that there is nothing to tell apart and no AUC: prepare more rows or with another --split-seed"
                 )
         self.plan()
 

@@ -61,7 +61,7 @@ class StepLog:
     def evaluation(self, phase: str, step: int, auc: float) -> None:
         """Write the validation AUC after a step."""
         self.flush()
-        self._write([{"phase": phase, "step": step, "validation_auc": auc}])
+        self._write([{"phase": phase, "step": step, "validation_auc": auc if math.isfinite(auc) else None}])
 
     def flush(self) -> None:
         """Write what is pending; raises as :meth:`add` does, after writing."""

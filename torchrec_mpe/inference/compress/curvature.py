@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from tqdm import tqdm
 
 from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.document import DocumentFormat
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.inference.compress.evaluated import Forward, evaluated, outputs_of, ranks_of
 from torchrec_mpe.inference.compress.pooled_leaves import PooledLeaves
 
@@ -127,7 +127,7 @@ def measure_curvature(
     found = torch.zeros(2, dtype=torch.float64)
     if num_batches is None and isinstance(batches, Sized):
         num_batches = len(batches)
-    bar = tqdm(total=num_batches, desc="measuring curvature", unit="batch", disable=not progress)
+    bar = progress_bar(total=num_batches, desc="measuring curvature", unit="batch", disable=not progress)
     with bar, evaluated(source), pooled.cut():
         for batch in islice(batches, num_batches):
             outputs = outputs_of(source, batch, forward, device)

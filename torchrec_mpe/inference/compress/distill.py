@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from tqdm import tqdm
 
 from torchrec_mpe.distributed.batch_norms import average_batch_norms
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.inference.compress.evaluated import Forward, evaluated, mean_over_ranks, outputs_of, ranks_of
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
 
@@ -112,7 +112,7 @@ def distill_(
     losses: list[Tensor] = []
     try:
         coded.train()
-        with tqdm(total=steps, desc="distilling", unit="step", disable=not progress) as bar, evaluated(source):
+        with progress_bar(total=steps, desc="distilling", unit="step", disable=not progress) as bar, evaluated(source):
             for batch in islice(batches, steps):
                 with torch.no_grad():
                     wanted = outputs_of(source, batch, forward, device).to(own_device)

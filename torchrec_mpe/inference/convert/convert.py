@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from torchrec_mpe.files.progress import progress_bar
 from torchrec_mpe.inference.convert.checkpoint_files import open_checkpoint
 from torchrec_mpe.inference.convert.checkpoint_tables import CheckpointTable, find_tables, locate_tables
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
@@ -140,7 +140,7 @@ def convert_checkpoint(
             collections[name] = PackedEmbeddingBagCollection(chosen, packed, weighted)
     errors: dict[str, TableErrors] = {}
     total = sum(config.num_embeddings for config in configs)
-    with tqdm(total=total, desc="reading back", unit="row", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=total, desc="reading back", unit="row", unit_scale=True, disable=not progress) as bar:
         for collection in collections.values():
             # Every table is a feature of its own here, whatever features the model has.
             tbe = PackedTableBatchedEmbeddingBags(collection.packed_tables())
