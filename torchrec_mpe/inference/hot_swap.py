@@ -25,7 +25,7 @@ class ServedModel:
             dtypes, shapes and devices.
 
     Raises:
-        ValueError: if the model is not in eval mode.
+        ValueError: if the model is not in eval mode, or its answer to the probe is not finite.
 
     Example::
 
@@ -76,8 +76,8 @@ class ServedModel:
             it; the files it may be mapped from can go.
 
         Raises:
-            ValueError: if the model is not in eval mode, or answers the probe with other keys, dtypes, shapes or
-                devices than the first one did. Then, and if it fails at the probe, the old model stays.
+            ValueError: if the model is not in eval mode, answers with NaN or infinity, or with other keys, dtypes,
+                shapes or devices than the first one did. Then, and if it fails at the probe, the old model stays.
         """
         with self._swapping:
             answer = _describe(_ask(model, self._probe))
@@ -131,8 +131,10 @@ def _ask(model: Callable[..., Any], probe: tuple[Any, ...]) -> Any:
 
 
 def _describe(answer: Any) -> Any:
-    """Nesting, keys, dtypes, shapes and devices of an answer."""
+    """Nesting, keys, dtypes, shapes and devices of an answer, which must be finite."""
     if isinstance(answer, Tensor):
+        if answer.is_floating_point() and not bool(answer.isfinite().all()):
+            raise ValueError("the model answers the probe with values that are not finite: its weights are damaged")
         return f"{answer.dtype} {list(answer.shape)} on {answer.device}"
     if isinstance(answer, KeyedTensor):
         return list(zip(answer.keys(), answer.length_per_key(), strict=True)), _describe(answer.values())

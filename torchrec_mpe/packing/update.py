@@ -65,9 +65,9 @@ def update_packed_tables_(
         IndexError: naming the table, if an id is no row of it.
         KeyError: if there is no such table.
         TypeError: naming the table, if ids, values or encoder have another dtype.
-        ValueError: naming the table, if a shape is wrong, a coded table has no encoder, values hold NaN, or of a coded
-            table infinity, or a damaged directory leads outside the table's rows. Whatever is raised, no row of any
-            table has changed.
+        ValueError: naming the table, if a shape is wrong, a coded table has no encoder, values hold NaN or
+            infinity, or a damaged directory leads outside the table's rows. Whatever is raised, no row of any table has
+            changed.
     """
     index = {table.name: t for t, table in enumerate(packed.tables)}
     for name in rows:
@@ -118,12 +118,9 @@ def _check_rows(packed: PackedTables, t: int, ids: Tensor, values: Tensor) -> tu
     outside = ids[(ids < 0) | (ids >= table.num_embeddings)]
     if outside.numel():
         raise IndexError(f"table {table.name}: id {int(outside[0])} is not in [0, {table.num_embeddings})")
-    # Packing refuses an infinite row of a coded table; elsewhere it has the outermost codes.
-    coded = packed.components_of(t) is not None
-    wrong = (~values.isfinite() if coded else values.isnan()).any(1).nonzero()
+    wrong = (~values.isfinite()).any(1).nonzero()
     if wrong.numel():
-        what = "NaN or infinite values" if coded else "NaN"
-        raise ValueError(f"table {table.name}: the values of id {int(ids[int(wrong[0])])} hold {what}")
+        raise ValueError(f"table {table.name}: the values of id {int(ids[int(wrong[0])])} hold NaN or infinite values")
     ordered, order = ids.to(packed.weights.device, torch.int64).sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]

@@ -48,7 +48,7 @@ def uninterrupted(folder: Path) -> Path:
 def stopped(folder: Path, uninterrupted: Path) -> Iterator[RunningJob]:
     """A search whose rank 1 was stopped in the middle."""
     data = ["--format", "prepared", "--data", str(uninterrupted / "search" / "data")]
-    command = [*TORCHRUN, "-m", "torchrec_mpe.app.launch.trainer", "search", *data, *_TRAINING, "--out", "stopped"]
+    command = [*TORCHRUN, "-m", "torchrec_mpe.app.launch.trainer", "search", *data, *_TRAINING[2:], "--out", "stopped"]
     with RunningJob([*command, "--timeout", "4"], folder, "stopped") as job:
         job.wait_for(lambda: len(steps(folder / "stopped" / "steps.jsonl")) >= 20, 120)
         os.kill(job.pids()[0][1], signal.SIGSTOP)

@@ -146,7 +146,11 @@ def test_verify_reads_what_opening_does_not(tmp_path: Path) -> None:
         before = file.read_bytes()
         end = int.from_bytes(before[:8], "little") + 8  # the largest tensor is the first
         file.write_bytes(before[:end] + bytes([before[end] ^ 4]) + before[end + 1 :])
-        mpe.load(tmp_path / "artifact", mmap=True)
+        if name == TABLES:
+            mpe.load(tmp_path / "artifact", mmap=True)
+        else:  # a model that answers nothing but NaN is not to be found out by its users
+            with pytest.raises(ValueError, match=f"{name} is damaged: tensor '.*' has another digest"):
+                mpe.load(tmp_path / "artifact", mmap=True)
         with pytest.raises(ValueError, match=f"{name} is damaged: tensor '.*' has another digest"):
             mpe.load(tmp_path / "artifact", mmap=True, verify=True)
         with pytest.raises(ValueError, match="has another digest"):

@@ -49,9 +49,9 @@ def open_artifact(
     """Open the folder of an artifact.
 
     Always checked, before any memory is taken: the manifest against its schema, its digest and itself; the files'
-    headers by their digests, and by them the files' sizes; the digests of all tensors of packed tables but weights and
-    directories, and that by them every table, run, scale and 0-bit row lies inside its buffer, and that every byte is
-    some table's.
+    headers by their digests, and by them the files' sizes; the digests of the dense tensors, and of all tensors of
+    packed tables but weights and directories; and that by them every table, run, scale and 0-bit row lies inside its
+    buffer, and that every byte is some table's.
 
     Args:
         path (PathLike): the folder.
@@ -107,8 +107,7 @@ def open_artifact(
     dense = tensors_of(others)
     if in_memory:
         dense = {name: tensor.clone() for name, tensor in dense.items()}
-    if digests:
-        check_digests(others, dense)
+    check_digests(others, dense)
     return Artifact(document, collections, dense)
 
 

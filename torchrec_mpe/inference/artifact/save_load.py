@@ -100,10 +100,10 @@ def load(
     """Read what :func:`save` wrote.
 
     Always checked, in time that does not grow with the tables' rows: the manifest against its published schema, its
-    digest and itself; the files' headers by their digests, and by them the files' sizes; every tensor of packed tables
-    but weights and directories by its digest, and that by them every table, run, scale and 0-bit row lies inside its
-    buffer. With ``verify`` also all that takes reading everything: the digests of weights, directories and dense
-    tensors, and that every line and remap leads to a row of its table.
+    digest and itself; the files' headers by their digests, and by them the files' sizes; every dense tensor, and every
+    tensor of packed tables but weights and directories, by its digest, and that by them every table, run, scale and
+    0-bit row lies inside its buffer. With ``verify`` also all that takes reading everything: the digests of weights and
+    directories, and that every line and remap leads to a row of its table.
 
     Without ``verify`` a damaged directory or row gives wrong embeddings, or a ValueError in the lookup that meets it,
     but no lookup on the CPU leaves its buffers: its kernels check where a directory leads. Triton's do not, so that
