@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 
 import safetensors.torch
@@ -45,7 +46,14 @@ _BODY = {
 
 
 def create_app(
-    model: CurrentModel, *, threads: int = 2, max_joined: int = 512, max_body: int = 64 << 20, admin: bool = False
+    model: CurrentModel,
+    *,
+    threads: int = 2,
+    max_joined: int = 512,
+    max_body: int = 64 << 20,
+    max_json: int = 1 << 20,
+    body_seconds: float = 30.0,
+    admin: bool = False,
 ) -> FastAPI:
     """The application.
 
@@ -54,11 +62,14 @@ def create_app(
         threads (int): batches that are computed at a time.
         max_joined (int): examples of waiting requests that are computed as one batch; 1: none.
         max_body (int): bytes of a request; larger ones are refused with 413 before they are read.
+        max_json (int): of those in JSON, which takes a hundred times the time and memory to parse.
+        body_seconds (float): in which a body must have come.
         admin (bool): offer /reload and /update, to whoever reaches the port.
     """
     metrics = Metrics()
     metrics.table_bytes.set_function(model.table_bytes)
     model_threads = ModelThreads(model, metrics, threads, max_joined)
+    parsers = ThreadPoolExecutor(1, thread_name_prefix="parser")  # one large body at a time
 
     async def reload() -> None:
         try:
@@ -90,6 +101,7 @@ def create_app(
         yield
         loop.remove_signal_handler(signal.SIGHUP)
         model_threads.close()
+        parsers.shutdown()
 
     app = FastAPI(title="Mixed-precision embeddings", lifespan=lifespan)
 
@@ -104,11 +116,17 @@ def create_app(
             )
         form, parse = _FORMS[content_type]
         metrics.requests.labels(form).inc()
-        body = await _read(request, max_body)
-        small = len(body) <= _SMALL
-        batch = parse(body, model.inputs) if small else await asyncio.to_thread(parse, body, model.inputs)
+        body = await _read(request, min(max_json, max_body) if form == "json" else max_body, body_seconds)
+        if len(body) <= _SMALL:
+            batch = parse(body, model.inputs)
+        else:
+            batch = await asyncio.get_running_loop().run_in_executor(parsers, parse, body, model.inputs)
         metrics.batch_size.observe(batch.dense.shape[0])
         predictions = await model_threads.predict(batch)
+        if not predictions.isfinite().all():
+            example = int((~predictions.isfinite()).nonzero()[0])
+            reason = f"the answer to example {example} is not a number: its dense features or weights are too large"
+            raise RequestError(422, "not finite", reason)
         metrics.seconds.labels(form).observe(time.perf_counter() - begin)
         if form == "json":
             return JSONResponse({"predictions": predictions.tolist()})
@@ -118,7 +136,7 @@ def create_app(
     async def features() -> JSONResponse:
         """What /predict takes: the features and the rows of their tables."""
         inputs = model.inputs
-        limits = {"max_batch": inputs.max_batch, "max_body_bytes": max_body}
+        limits = {"max_batch": inputs.max_batch, "max_body_bytes": max_body, "max_json_bytes": min(max_json, max_body)}
         return JSONResponse(
             {"num_dense": inputs.num_dense, "rows": dict(inputs.rows), "weighted": inputs.weighted, **limits}
         )
@@ -149,7 +167,7 @@ def create_app(
         @app.post("/update")
         async def update(request: Request) -> JSONResponse:
             """New values for rows: a file of torchrec_mpe.save_delta. They last until the next reload."""
-            body = await _read(request, max_body)
+            body = await _read(request, max_body, body_seconds)
             try:
                 return JSONResponse(await asyncio.to_thread(model.update, body))
             except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -161,7 +179,7 @@ def create_app(
         if isinstance(error, BadIdsError):
             metrics.bad_ids.labels(error.feature).inc(error.count)
         # What was not read of the body is still to come: the connection cannot be used again.
-        headers = {"connection": "close"} if error.status in (413, 415) else None
+        headers = {"connection": "close"} if error.status in (408, 413, 415) else None
         return JSONResponse({"detail": error.reason}, error.status, headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -177,8 +195,15 @@ def create_app(
     return app
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, seconds: float) -> bytes:
     """The body; a header that announces more than the limit ends it at once, chunks when they exceed it."""
+    try:
+        return await asyncio.wait_for(_chunks(request, limit), seconds)
+    except asyncio.TimeoutError as error:  # the builtin one only since Python 3.11
+        raise RequestError(408, "slow", f"the body has not come within {seconds:g} seconds") from error
+
+
+async def _chunks(request: Request, limit: int) -> bytes:
     too_large = RequestError(413, "too large", f"the body is larger than {limit} bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:

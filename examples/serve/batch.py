@@ -9,13 +9,16 @@ from typing import Annotated
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 JSON, BINARY = "application/json", "application/octet-stream"
 
 Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+# The first mistake ends the parsing: a body of nothing but mistakes would take seconds and a list of them all.
+Floats = Annotated[list[Annotated[list[float], FailFast()]], FailFast()]
+Ids = Annotated[list[Annotated[list[Int64], FailFast()]], FailFast()]
 
 
 class RequestError(Exception):
@@ -39,9 +42,9 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    dense: list[list[float]] = Field(description="B lists, the dense features of each example")
-    sparse: dict[str, list[list[Int64]]] = Field(description="by feature B lists, the ids of each example")
-    weights: dict[str, list[list[float]]] | None = Field(None, description="a weight for each id, as sparse")
+    dense: Floats = Field(description="B lists, the dense features of each example")
+    sparse: dict[str, Ids] = Field(description="by feature B lists, the ids of each example")
+    weights: dict[str, Floats] | None = Field(None, description="a weight for each id, as sparse")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Batch:
 
 def batch_of_json(body: bytes, inputs: Inputs) -> Batch:
     """A batch of a :class:`PredictRequest` in JSON; raises RequestError."""
+    # An example has a list of dense features, and of each feature one of ids and one of weights.
+    most = (inputs.max_batch + 1) * (1 + 2 * len(inputs.rows)) + 2 * sum(name.count("[") for name in inputs.rows)
+    if body.count(b"[") > most + inputs.max_batch:
+        raise RequestError(413, "too large", f"the request has more lists than {inputs.max_batch} examples can have")
     try:
         request = PredictRequest.model_validate_json(body)
     except ValidationError as error:
@@ -134,6 +141,10 @@ def batch_of_safetensors(body: bytes, inputs: Inputs) -> Batch:
         assert isinstance(features, list) and all(isinstance(feature, str) for feature in features)
     except safetensors.SafetensorError as error:
         raise RequestError(400, "malformed", f"the body is no safetensors file: {error}") from error
+    except RecursionError as error:
+        raise _invalid("the metadata's features must be a JSON list of names") from error
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        raise RequestError(400, "malformed", "the body has a tensor of a shape that cannot be") from error
     except (AssertionError, KeyError, ValueError) as error:
         raise _invalid("the metadata's features must be a JSON list of names") from error
     _check_features(dict.fromkeys(features), inputs)

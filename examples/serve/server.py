@@ -26,13 +26,15 @@ from app import create_app
 from current_model import CurrentModel
 from dlrm import load_dlrm
 from fastapi import FastAPI
+from timeouts import TimedProtocol
 
 
-def serve(app: FastAPI, host: str, port: int, log_level: str = "warning") -> None:
+def serve(app: FastAPI, host: str, port: int, log_level: str = "warning", header_seconds: float = 10.0) -> None:
     """Accept requests until SIGTERM or SIGINT; port 0 takes a free one, and the line that is printed says which."""
     with socket.create_server((host, port), backlog=1024) as listener:
         print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(app, log_level=log_level, access_log=False, timeout_graceful_shutdown=30)
+        protocol = type("Protocol", (TimedProtocol,), {"header_seconds": header_seconds})
+        config = uvicorn.Config(app, http=protocol, log_level=log_level, access_log=False, timeout_graceful_shutdown=30)
         uvicorn.Server(config).run([listener])
 
 
@@ -51,6 +53,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-batch", type=int, default=4096, help="examples of a request (default: 4096)")
     parser.add_argument("--max-joined", type=int, default=512, help="examples of waiting requests in one batch; 1: off")
     parser.add_argument("--max-body", type=int, default=64 << 20, help="bytes of a request (default: 64 MiB)")
+    parser.add_argument("--max-json", type=int, default=1 << 20, help="of a request in JSON (default: 1 MiB)")
+    parser.add_argument(
+        "--header-timeout", type=float, default=10.0, help="seconds for a request's headers (default: 10)"
+    )
+    parser.add_argument("--body-timeout", type=float, default=30.0, help="seconds for a request's body (default: 30)")
+    parser.add_argument("--verify", action="store_true", help="read and check all rows on start and reload")
     parser.add_argument("--admin", action="store_true", help="offer /reload and /update to whoever reaches the port")
     return parser.parse_args(arguments)
 
@@ -58,14 +66,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    load = partial(load_dlrm, options.artifact, options.num_dense, options.dense_arch, options.over_arch)
+    layers = options.dense_arch, options.over_arch
+    load = partial(load_dlrm, options.artifact, options.num_dense, *layers, verify=options.verify)
     try:
         model = CurrentModel(load, options.num_dense, options.max_batch)
     except (OSError, ValueError) as error:
         sys.exit(f"server.py: {error}")
-    limits = {"threads": options.threads, "max_joined": options.max_joined, "max_body": options.max_body}
-    app = create_app(model, **limits, admin=options.admin)
-    serve(app, options.host, options.port)
+    app = create_app(
+        model,
+        threads=options.threads,
+        max_joined=options.max_joined,
+        max_body=options.max_body,
+        max_json=options.max_json,
+        body_seconds=options.body_timeout,
+        admin=options.admin,
+    )
+    serve(app, options.host, options.port, header_seconds=options.header_timeout)
 
 
 if __name__ == "__main__":

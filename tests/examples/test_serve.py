@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ pytest.importorskip("fastapi", reason="pip install torchrec-mpe[serve]")
 
 _FOLDER = Path(__file__).parents[2] / "examples" / "serve"
 _ROWS = {"user": 100, "item": 50, "shop": 7}
+_ADMIN = ["--admin", "--header-timeout", "3", "--body-timeout", "3"]
 _JSON, _BINARY = "application/json", "application/octet-stream"
 
 
@@ -42,8 +45,8 @@ def _network(rows: dict[str, int]) -> DLRM:
     return DLRM(EmbeddingBagCollection(tables), 3, [16, 8], [16, 1])
 
 
-def _write(folder: Path, rows: dict[str, int], seed: int) -> None:
-    """A packed model with rows of 8, 3 and 0 bits."""
+def _write(folder: Path, rows: dict[str, int], seed: int, bias: float = 0.0) -> None:
+    """A packed model with rows of 8, 3 and 0 bits; ``bias`` is added to the last layer's."""
     torch.manual_seed(seed)
     model = _network(rows)
     widths = {f"t_{f}": TableBitWidths(n, 8, (0, n // 2, n - 2, n), (8, 3, 0), None) for f, n in rows.items()}
@@ -51,6 +54,7 @@ def _write(folder: Path, rows: dict[str, int], seed: int) -> None:
     with torch.no_grad():
         for parameter in model.sparse_arch.parameters():
             parameter += 0.5 * torch.randn(parameter.shape)
+        list(model.over_arch.parameters())[-1].add_(bias)
     mpe.save(mpe.emit_inference_model(model), folder)
 
 
@@ -105,13 +109,19 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write(folder / "grown", {**_ROWS, "item": 60}, 1)
     _write(folder / "shrunk", {**_ROWS, "item": 40}, 2)
     _write(folder / "other", {"user": 100, "item": 50}, 3)
+    _write(folder / "infinite", {**_ROWS, "item": 60}, 4, bias=float("inf"))
+    shutil.copytree(folder / "first", folder / "damaged")
+    (dense,) = (file for file in (folder / "damaged").glob("*.safetensors") if b"over_arch" in file.read_bytes()[:5000])
+    damaged = bytearray(dense.read_bytes())
+    damaged[-1] ^= 1
+    dense.write_bytes(damaged)
     (folder / "link").symlink_to(folder / "first")
     return folder
 
 
 @pytest.fixture(scope="module")
 def servers(artifacts: Path) -> Iterator[SimpleNamespace]:
-    with _Server(artifacts / "first") as plain, _Server(artifacts / "link", "--admin") as admin:
+    with _Server(artifacts / "first") as plain, _Server(artifacts / "link", *_ADMIN) as admin:
         # Three at a time, for starting is what takes time.
         command = [sys.executable, str(_FOLDER / "server.py"), str(artifacts / "none"), "--port", "0"]
         wrong = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -307,6 +317,19 @@ def test_other_requests_that_are_refused(server: _Server) -> None:
         assert server.ask("POST", path, b"")[0] == 404
 
 
+def test_requests_that_come_too_slowly(servers: SimpleNamespace) -> None:
+    """A connection without a request, one without its last header, and one without its last byte."""
+    port = servers.admin.port
+    header = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: {_JSON}\r\ncontent-length: 9\r\n".encode()
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(3)]
+        sockets[1].sendall(header)
+        sockets[2].sendall(header + b"\r\n{")
+        answers = [b"".join(iter(lambda s=s: s.recv(4096), b"")) for s in sockets]  # type: ignore[misc]
+    assert answers[:2] == [b"", b""]
+    assert answers[2].startswith(b"HTTP/1.1 408 ") and b"the body has not come within 3 seconds" in answers[2]
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large(server: _Server, chunked: bool) -> None:
     body = b" " * 50_001
@@ -323,6 +346,7 @@ def test_health_and_what_the_model_takes(server: _Server) -> None:
         "weighted": False,
         "max_batch": 20,
         "max_body_bytes": 50_000,
+        "max_json_bytes": 50_000,
     }
 
 
@@ -407,6 +431,8 @@ def test_reload_under_load(servers: SimpleNamespace, artifacts: Path, model: DLR
                     ("first", "feature item: its table has 50 rows, before it had 60"),
                     ("other", "the new model takes user, item, the one it would replace user, item, shop"),
                     ("nothing", f"{link} "),
+                    ("damaged", " has another digest"),
+                    ("infinite", "it answers a request of zeros with values that are not finite"),
                 ):
                     _point(link, artifacts / wrong)
                     status, body = admin.ask("POST", "/reload", b"")
@@ -418,7 +444,7 @@ def test_reload_under_load(servers: SimpleNamespace, artifacts: Path, model: DLR
         for future in running:
             future.result()
     assert admin.metrics()['serve_reloads_total{outcome="swapped"}'] == 2
-    assert admin.metrics()['serve_reloads_total{outcome="failed"}'] == 6
+    assert admin.metrics()['serve_reloads_total{outcome="failed"}'] == 10
 
 
 def test_update_lasts_until_sighup(servers: SimpleNamespace, artifacts: Path, tmp_path: Path) -> None:
@@ -440,7 +466,8 @@ def test_update_lasts_until_sighup(servers: SimpleNamespace, artifacts: Path, tm
     assert torch.allclose(admin.predict(dense, sparse), changed, atol=1e-6)
 
     save_delta(tmp_path / "bad.safetensors", {"t_item": (torch.tensor([60]), torch.zeros(1, 8))})
-    for bad in ((tmp_path / "bad.safetensors").read_bytes(), b"nonsense"):
+    save_delta(tmp_path / "infinite.safetensors", {"t_item": (torch.tensor([1]), torch.full((1, 8), float("inf")))})
+    for bad in (*((tmp_path / f"{name}.safetensors").read_bytes() for name in ("bad", "infinite")), b"nonsense"):
         status, body = admin.ask("POST", "/update", bad, _BINARY)
         assert status == 422 and json.loads(body)["detail"], body
     assert torch.allclose(admin.predict(dense, sparse), changed, atol=1e-6)

@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parents[2] / "examples" / "serve"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(_FOLDER))
     yield
-    for name in ("batch", "metrics", "model_threads"):
+    for name in ("app", "batch", "current_model", "metrics", "model_threads"):
         sys.modules.pop(name, None)
 
 
@@ -103,3 +103,75 @@ def test_a_model_that_fails_fails_its_requests_only() -> None:
         threads.close()
 
     asyncio.run(scenario())
+
+
+def _safetensors(header: object) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"dense": ' + b"[" * 100_000, 413),
+        (b'{"dense": [' + b"[]," * 300_000 + b"[]]}", 413),
+        (b'{"dense": ' + b"[" * 400 + b"}", 400),
+        (b'{"dense": [[1' + b"0" * 5000 + b"]]}", 400),
+        (b'{"dense": [[1' + b"0" * 400 + b"]]}", 422),
+        (_safetensors({"x": {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]}}), 400),
+        (_safetensors({"x": {"dtype": "F32", "shape": [0, (1 << 63) - 1, 3], "data_offsets": [0, 0]}}), 400),
+        (_safetensors({"x": {"dtype": "F32", "shape": [1 << 32, 1 << 32], "data_offsets": [0, 0]}}), 400),
+        (_safetensors({"__metadata__": {"features": "[" * 100_000}}), 422),
+    ],
+)
+def test_absurd_bodies_are_the_senders_mistake(body: bytes, status: int) -> None:
+    from batch import Inputs, RequestError, batch_of_json, batch_of_safetensors
+
+    parse = batch_of_json if body.startswith(b"{") else batch_of_safetensors
+    with pytest.raises(RequestError) as refused:
+        parse(body, Inputs(3, {"user": 100}, False, 200))
+    assert refused.value.status == status and len(refused.value.reason) < 300
+
+
+def test_the_first_mistake_ends_the_parsing() -> None:
+    from batch import PredictRequest
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError) as refused:
+        PredictRequest.model_validate_json('{"dense": [["x", "x"], ["x"]], "sparse": {"user": [["x", "x"], ["x"]]}}')
+    assert refused.value.error_count() == 2  # one a field
+
+
+def test_an_answer_that_is_no_number_is_the_senders_mistake() -> None:
+    from app import create_app
+    from batch import Inputs
+
+    class Overflowing:
+        inputs = Inputs(1, {"f": 5}, False, 4)
+
+        def table_bytes(self) -> int:
+            return 0
+
+        def __call__(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+            return dense * 1e20 - dense * 1e20
+
+    async def status_of(dense: float) -> tuple[int, str]:
+        body = json.dumps({"dense": [[0.0], [dense]], "sparse": {"f": [[1], []]}}).encode()
+        sent: list[dict[str, object]] = []
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/predict",
+            "raw_path": b"/predict", "query_string": b"", "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        await create_app(Overflowing())(scope, receive, send)  # type: ignore[arg-type]
+        return sent[0]["status"], sent[1]["body"].decode()  # type: ignore[return-value, attr-defined]
+
+    assert asyncio.run(status_of(1.0))[0] == 200
+    status, answer = asyncio.run(status_of(1e30))
+    assert status == 422 and "the answer to example 1 is not a number" in answer
