@@ -8,8 +8,6 @@ from torchrec import EmbeddingBagCollection
 from torchrec.models.dlrm import DLRM
 
 import torchrec_mpe as mpe
-from torchrec_mpe.inference.artifact.manifest import read_manifest
-from torchrec_mpe.inference.artifact.tensor_files import sha256_of_tensor
 
 
 def load_dlrm(
@@ -27,16 +25,4 @@ def load_dlrm(
     tables = EmbeddingBagCollection(collection.embedding_bag_configs(), collection.is_weighted(), meta)
     model = DLRM(tables, num_dense, list(dense_arch), list(over_arch), meta)
     loaded: DLRM = mpe.load(artifact, model, mmap=True, verify=verify)
-    if not verify:
-        _check_dense(artifact, loaded)
     return loaded
-
-
-def _check_dense(artifact: Path, model: DLRM) -> None:
-    document = read_manifest(artifact)
-    tensors = model.state_dict()
-    of_tables = {file for collection in document["collections"] for file in collection["files"]}
-    for file in document["files"].keys() - of_tables:
-        for name, digest in document["files"][file]["tensors"].items():
-            if sha256_of_tensor(tensors[name]) != digest:
-                raise ValueError(f"{artifact / file} is damaged: tensor {name!r} has another digest")

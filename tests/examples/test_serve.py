@@ -432,7 +432,10 @@ def test_reload_under_load(servers: SimpleNamespace, artifacts: Path, model: DLR
                     ("other", "the new model takes user, item, the one it would replace user, item, shop"),
                     ("nothing", f"{link} "),
                     ("damaged", " has another digest"),
-                    ("infinite", "it answers a request of zeros with values that are not finite"),
+                    (
+                        "infinite",
+                        "the model answers the probe with values that are not finite: its weights are damaged",
+                    ),
                 ):
                     _point(link, artifacts / wrong)
                     status, body = admin.ask("POST", "/reload", b"")
