@@ -39,7 +39,7 @@ TWO_RANKS = [
     Case((DP,)),
     Case((TW, RW, CW, DP), int32=True),
 ]
-FOUR_RANKS = [Case((TWRW,)), Case((TWCW,), phase="plain"), Case((GRID,))]
+FOUR_RANKS = [Case((TWRW,)), Case((TWCW,), phase="plain"), Case((GRID,)), Case((TW, RW, CW, DP), weighted=True)]
 
 
 def _tracked(case: Case) -> tuple[nn.Module, TrackedFrequencies]:
@@ -63,7 +63,9 @@ def counted(cases: list[Case]) -> list[dict[str, Any]]:
         model, frequencies = _tracked(case)
         _train(model, case)
         merged = frequencies.merged()
-        results.append({"counts": {t: merged[t].tolist() for t in merged}, "bytes": frequencies.local_bytes()})
+        squared = {t: squares.tolist() for t, squares in merged.squared_weights.items()}
+        counts = {t: merged[t].tolist() for t in merged}
+        results.append({"counts": counts, "squared": squared, "bytes": frequencies.local_bytes()})
     return results
 
 
@@ -78,6 +80,14 @@ def by_hand(case: Case) -> dict[str, list[int]]:
     return {t.name: [counts[t.name][row] for row in range(t.num_embeddings)] for t in tables(case)}
 
 
+def squared_by_hand(case: Case) -> dict[str, list[float]]:
+    """As a FrequencyCounter adds them up over whole batches."""
+    counter = mpe.FrequencyCounter(tables(case))
+    for step in range(STEPS):
+        counter.update(local_batch(step, case, 0, 1)[0])
+    return {table: squares.tolist() for table, squares in counter.squared_weights.items()}
+
+
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_counts_are_those_of_all_ranks(ranks: str, request: pytest.FixtureRequest) -> None:
     cases = TWO_RANKS if ranks == "two_ranks" else FOUR_RANKS
@@ -87,13 +97,17 @@ def test_counts_are_those_of_all_ranks(ranks: str, request: pytest.FixtureReques
         assert sum(map(sum, expected.values())) > 0
         for results in by_rank:
             assert results[k]["counts"] == expected, case
-        # 8 bytes a row, once over all ranks; a data-parallel table is on every one.
+            squared = squared_by_hand(case)
+            assert results[k]["squared"].keys() == squared.keys() and bool(squared) == case.weighted
+            for table, of_table in squared.items():
+                assert results[k]["squared"][table] == pytest.approx(of_table), case
+        # 8 bytes a row, 16 with squared weights, once over all ranks; a data-parallel table is on every one.
         copies = {t.name: len(by_rank) if case.sharding_of(t.name) == DP else 1 for t in tables(case)}
-        total = sum(8 * t.num_embeddings * copies[t.name] for t in tables(case))
+        total = sum((16 if case.weighted else 8) * t.num_embeddings * copies[t.name] for t in tables(case))
         assert sum(results[k]["bytes"] for results in by_rank) == total, case
 
 
-def saved_and_loaded(first: Case, second: Case, folder: str) -> dict[str, list[int]]:
+def saved_and_loaded(first: Case, second: Case, folder: str) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
     """Counts of one sharding in a checkpoint, loaded under another, and counted on."""
     model, frequencies = _tracked(first)
     _train(model, first)
@@ -103,22 +117,27 @@ def saved_and_loaded(first: Case, second: Case, folder: str) -> dict[str, list[i
     dcp.load({"frequencies": frequencies}, checkpoint_id=folder)
     _train(model, second)
     merged = frequencies.merged()
-    return {t: merged[t].tolist() for t in merged}
+    squared = {t: squares.tolist() for t, squares in merged.squared_weights.items()}
+    return {t: merged[t].tolist() for t in merged}, squared
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         (Case((RW,)), Case((TW,))),
-        (Case((DP,)), Case((CW,))),
+        (Case((DP,), weighted=True), Case((CW,), weighted=True)),
         (Case((TW,)), Case((DP,))),
     ],
     ids=["rw to tw", "dp to cw", "tw to dp"],
 )
 def test_counts_of_one_sharding_load_under_another(first: Case, second: Case, two_ranks: Ranks, tmp_path: Path) -> None:
     once = by_hand(first)
-    for counts in two_ranks.run(saved_and_loaded, first, second, str(tmp_path)):
+    squared_once = squared_by_hand(first)
+    for counts, squared in two_ranks.run(saved_and_loaded, first, second, str(tmp_path)):
         assert counts == {table: [2 * n for n in of_table] for table, of_table in once.items()}
+        assert squared.keys() == squared_once.keys()
+        for table, of_table in squared_once.items():
+            assert squared[table] == pytest.approx([2 * n for n in of_table])
 
 
 def test_a_model_that_is_not_sharded_is_refused() -> None:

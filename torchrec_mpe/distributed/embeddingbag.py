@@ -157,12 +157,17 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
             [table for kernel in lookup.kernels for table in kernel.config.embedding_tables]
             for lookup in self.lookups()
         ]
-        self._counts = LocalCounts(tables, self.device)
+        self._counts = LocalCounts(tables, self.device, weighted=self.is_weighted())
 
     def local_counts(self) -> Iterator[tuple[str, int, Tensor]]:
         """Table, first row and counts, int64 [rows], of this rank's shards; nothing if they are not counted."""
         if self._counts is not None:
             yield from self._counts.shards()
+
+    def local_squared_weights(self) -> Iterator[tuple[str, int, Tensor]]:
+        """As :meth:`local_counts`, the sums of squared weights, float64 [rows]; nothing where bags have none."""
+        if self._counts is not None:
+            yield from self._counts.squared_shards()
 
     def quantizers(self) -> dict[int, RowQuantizer]:
         """The replicated quantizers by embedding dimension; empty in the plain phase."""
