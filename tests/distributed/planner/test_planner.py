@@ -8,11 +8,15 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer
+from torchrec.distributed.planner.shard_estimators import EmbeddingOffloadStats
+from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType, Topology
-from torchrec.distributed.types import ParameterSharding, ShardingType
+from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 import torchrec_mpe as mpe
+from torchrec_mpe.distributed.embeddingbag import MPEEmbeddingBagCollectionSharder
 from torchrec_mpe.distributed.planner.cluster import parse_topology
 from torchrec_mpe.distributed.planner.planner import MPEShardingPlanner
 from torchrec_mpe.distributed.planner.storage_reservation import MPEStorageReservation
@@ -28,7 +32,15 @@ TW, RW, CW, GRID, DP = (
         ShardingType.DATA_PARALLEL,
     )
 )
-FUSED, DENSE = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
+FUSED, DENSE, FUSED_UVM, UVM_CACHING = (
+    kernel.value
+    for kernel in (
+        EmbeddingComputeKernel.FUSED,
+        EmbeddingComputeKernel.DENSE,
+        EmbeddingComputeKernel.FUSED_UVM,
+        EmbeddingComputeKernel.FUSED_UVM_CACHING,
+    )
+)
 SHARDERS = mpe.sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD})
 
 
@@ -163,6 +175,9 @@ def test_when_nothing_fits_the_error_lists_bytes_and_changes_that_fit() -> None:
     with pytest.raises(PlannerError):
         planned(planner(parse_topology(f"{devices - 4}xV100", devices_per_host=4)), module)
     assert "rows in host memory behind a cache (compute kernel fused_uvm_caching) for" in message
+    # 15% of 4 devices of 32 GB.
+    kept = "MPEStorageReservation has kept 19.20 GB (15% of each device first), which storage_reservation= changes"
+    assert f"for them after {kept}" in message
     uvm = ParameterConstraints(compute_kernels=["fused", "fused_uvm_caching"])
     assert planned(planner("4xV100", constraints={f"t{k}": uvm for k in range(9)}), module)
 
@@ -189,6 +204,53 @@ def test_when_constraints_are_too_tight_the_tables_are_named() -> None:
         planned(planner("4xH100", constraints=constraints), module)
     assert "- other sharding types than the constraints': large row_wise" in str(raised.value)
     assert "of table large (table_wise)" in str(raised.value)
+
+
+def test_what_a_sharder_allows_is_all_that_is_planned() -> None:
+    class OneWay(MPEEmbeddingBagCollectionSharder):
+        def __init__(self, types: list[str], kernels: list[str]) -> None:
+            super().__init__({"optimizer": EmbOptimType.EXACT_SGD})
+            self._types, self._kernels = types, kernels
+
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return self._types
+
+        def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+            return self._kernels
+
+    module = model(table("a", 5_000, dim=256))
+    for types, kernels in (([CW], [FUSED]), ([GRID], [FUSED]), ([DP], [DENSE]), ([RW], [FUSED_UVM])):
+        chosen = planner("2xH100").plan(module, [OneWay(types, kernels)]).plan["ebc"]["a"]
+        assert (chosen.sharding_type, chosen.compute_kernel) == (types[0], kernels[0])
+    with pytest.raises(ValueError, match=r"^table a: OneWay allows no sharding type and .* on cuda: \{\}"):
+        planner("2xH100").plan(module, [OneWay([], [])])
+    made = planner("2xH100", constraints={"a": ParameterConstraints(sharding_types=[TW])})
+    with pytest.raises(ValueError, match=r"^table a is constrained .* table_wise, of which OneWay allows none"):
+        made.plan(module, [OneWay([RW], [FUSED])])
+
+
+def test_offloading_proposers_may_offload() -> None:
+    histogram = torch.linspace(0, 0.9, 10)
+    stats = EmbeddingOffloadStats(0.2, 500_000, histogram, 4_000_000)
+    offloaded = {"a": ParameterConstraints(cache_params=CacheParams(stats=stats))}
+    module = model(table("a", 80_000_000), table("b", 5_000))
+    made = planner("1xV100", constraints=offloaded, proposer=EmbeddingOffloadScaleupProposer(), phase=Phase.PLAIN)
+    chosen = planned(made, module)
+    assert {name: sharding.compute_kernel for name, sharding in chosen.items()} == {"a": UVM_CACHING, "b": FUSED}
+    options, _, _ = planner("1xV100", constraints=offloaded).options(module, SHARDERS)
+    assert {option.compute_kernel for option in options} == {FUSED}, "nobody asked for it"
+
+
+def test_statistics_call_constrained_what_the_user_constrained() -> None:
+    told: list[dict[str, ParameterConstraints]] = []
+
+    class Kept(EmbeddingStats):
+        def log(self, *args: object, constraints: object = None, **kwargs: object) -> None:
+            told.append(constraints)  # type: ignore[arg-type]
+
+    given = ParameterConstraints(compute_kernels=[FUSED])
+    planned(planner("2xH100", constraints={"a": given}, stats=Kept()), model(table("a", 500), table("b", 500)))
+    assert {name: constraint.compute_kernels for name, constraint in told[0].items()} == {"a": [FUSED], "b": None}
 
 
 def test_report_needs_a_plan() -> None:

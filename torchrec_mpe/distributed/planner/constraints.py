@@ -30,6 +30,7 @@ _TW, _RW, _CW, _TWRW, _TWCW, _GRID, _DP = (
     )
 )
 _DENSE, _FUSED = EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value
+_UVM_CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 # Row-wise shards that a search space may have: estimating and copying one takes about 0.1 ms.
 _MAX_ROW_WISE_SHARDS = 8_192
 _MIN_ROW_WISE_TABLES = 8
@@ -40,14 +41,17 @@ def complete_constraints(
     sharders: Iterable[ModuleSharder[nn.Module]],
     topology: Topology,
     constraints: Mapping[str, ParameterConstraints] | None,
+    *,
+    offload: bool = False,
 ) -> dict[str, ParameterConstraints]:
     """The user's constraints, with what they leave open for tables of MPEEmbeddingBagCollections.
 
     - Compute kernels: FUSED, as TorchRec left alone chooses DENSE without a fused optimizer on CPU. A table that the
       user makes data-parallel gets DENSE, the only kernel there. A table with a CacheConfig gets CUSTOMIZED_KERNEL
-      and is never data-parallel.
+      and is never data-parallel. With ``offload`` a table with cache_params may have FUSED_UVM_CACHING too.
     - Sharding types: table-wise, row-wise, table-row-wise where there are several hosts, and column-wise where TorchRec
       would cut the columns. Never grid sharding for mean pooling, which TorchRec computes wrongly.
+    - Of these what the table's sharder allows; if it allows none, all that it does allow.
     - Pooling factors: one for each of the table's features. A single one is taken for all of them.
 
     Args:
@@ -55,15 +59,23 @@ def complete_constraints(
         sharders (Iterable[ModuleSharder]): as for the planner.
         topology (Topology): devices.
         constraints (Optional[Mapping[str, ParameterConstraints]]): by table name; not changed.
+        offload (bool): there is a proposer that moves tables between device and host memory.
 
     Returns:
         dict[str, ParameterConstraints]: by table name.
 
     Raises:
-        ValueError: naming the table, if constraints leave it no sharding type and kernel, or have pooling factors,
-            numbers of poolings or batch sizes for another number of features than it has.
+        ValueError: naming the collection, if it has no sharder; naming the table, if constraints leave it no sharding
+            type and kernel, or have pooling factors, numbers of poolings or batch sizes for another number of features
+            than it has.
     """
     by_type = {sharder.module_type: sharder for sharder in sharders}
+    for name, collection in module.named_modules():
+        if isinstance(collection, MPEEmbeddingBagCollection) and type(collection) not in by_type:
+            raise ValueError(
+                f"collection {name or 'of the model'} is a {type(collection).__name__}, for which there is no sharder: "
+                "give torchrec_mpe.sharders() to the planner and to DistributedModelParallel"
+            )
     given = dict(constraints or {})
     known: set[str] = set()
     for collection in module.modules():
@@ -75,7 +87,7 @@ def complete_constraints(
             continue
         for table in collection.embedding_bag_configs():
             cached = isinstance(collection, CachedEmbeddingBagCollection) and table.name in collection.cache_configs
-            given[table.name] = _complete(table, given.get(table.name), sharder, topology, cached)
+            given[table.name] = _complete(table, given.get(table.name), sharder, topology, cached, offload)
     if unknown := sorted(set(constraints or {}) - known):
         logger.warning("constraints for %s: the model has no such table", ", ".join(unknown))
     return given
@@ -87,12 +99,17 @@ def _complete(
     sharder: ModuleSharder[nn.Module],
     topology: Topology,
     cached: bool,
+    offload: bool,
 ) -> ParameterConstraints:
     complete = ParameterConstraints() if constraint is None else copy.copy(constraint)
     device = topology.compute_device
+    allowed = list(sharder.sharding_types(device))
+    if cached and _DP in allowed:  # every rank would round its copy of the rows for itself
+        allowed.remove(_DP)
     types, kernels = complete.sharding_types, complete.compute_kernels
     if not types:
         types = [_DP] if kernels == [_DENSE] else _default_types(table, complete.min_partition, topology)
+        types = [kind for kind in types if kind in allowed] or list(allowed)
     if table.pooling == PoolingType.MEAN:
         if set(types) == {_GRID}:
             raise ValueError(
@@ -102,15 +119,28 @@ def _complete(
         types = [kind for kind in types if kind != _GRID]
     if not kernels:
         kernels = [CUSTOMIZED_KERNEL] if cached else [_FUSED, _DENSE] if _DP in types else [_FUSED]
+        offered = {k for kind in types if kind in allowed for k in sharder.compute_kernels(kind, device)}
+        if offload and not cached and complete.cache_params is not None and _UVM_CACHING in offered:
+            kernels = [*kernels, _UVM_CACHING]
+        elif not set(kernels) & offered:
+            kernels = sorted(offered - {CUSTOMIZED_KERNEL}) or kernels
     if not cached and CUSTOMIZED_KERNEL in kernels:
         raise ValueError(
             f"table {table.name} is constrained to the compute kernel {CUSTOMIZED_KERNEL} but has no cache: give its "
             "CachedEmbeddingBagCollection a CacheConfig for it"
         )
-    allowed = set(sharder.sharding_types(device))
-    if cached:  # every rank would round its copy of the rows for itself
-        allowed.discard(_DP)
-    if not any(kind in allowed and set(kernels) & set(sharder.compute_kernels(kind, device)) for kind in types):
+    offers = {kind: list(sharder.compute_kernels(kind, device)) for kind in allowed}
+    if not any(set(kernels) & set(offers.get(kind, ())) for kind in types):
+        if constraint is None or not (constraint.sharding_types or constraint.compute_kernels):
+            raise ValueError(
+                f"table {table.name}: {type(sharder).__name__} allows no sharding type and compute kernel that go "
+                f"together on {device}: {offers}"
+            )
+        if not any(kind in offers for kind in types) and not (cached and _DP in types):
+            raise ValueError(
+                f"table {table.name} is constrained to the sharding types {', '.join(types)}, of which "
+                f"{type(sharder).__name__} allows none: {', '.join(allowed) or 'it allows no type'}"
+            )
         raise ValueError(
             f"table {table.name} is constrained to the sharding types {', '.join(types)} and the compute kernels "
             f"{', '.join(kernels)}, which do not go together on {device}: "
@@ -132,6 +162,18 @@ def _complete(
                 f"constraints {len(values)} {name}"
             )
     return complete
+
+
+def as_the_user_constrained(
+    complete: Mapping[str, ParameterConstraints], user_constraints: Mapping[str, ParameterConstraints] | None
+) -> dict[str, ParameterConstraints]:
+    """Complete constraints with the sharding types and compute kernels that the user gave, and no others."""
+    given, nothing = dict(user_constraints or {}), ParameterConstraints()
+    told = {name: copy.copy(constraint) for name, constraint in complete.items()}
+    for name, constraint in told.items():
+        user = given.get(name, nothing)
+        constraint.sharding_types, constraint.compute_kernels = user.sharding_types, user.compute_kernels
+    return told
 
 
 def _default_types(table: EmbeddingBagConfig, min_partition: int | None, topology: Topology) -> list[str]:

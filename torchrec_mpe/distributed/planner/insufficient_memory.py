@@ -13,6 +13,7 @@ from torchrec.distributed.planner.types import (
     PlannerError,
     PlannerErrorType,
     ShardingOption,
+    StorageReservation,
     Topology,
 )
 
@@ -21,6 +22,7 @@ from torchrec_mpe.distributed.planner.cluster import with_world_size
 from torchrec_mpe.distributed.planner.plan_report import PlanReport, TableReport, readable, table_of_bytes
 from torchrec_mpe.distributed.planner.shard_bytes import ShardBytes
 from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
+from torchrec_mpe.upstream.planner import reserved_share
 
 _FUSED, _UVM_CACHING = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _MAX_DEVICES = 4096
@@ -31,12 +33,14 @@ _TABLES_NAMED = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """What no plan was found for: a model, devices, the batch size of a rank, and the user's constraints by table."""
+    """What no plan was found for: a model, devices, the batch size of a rank, the user's constraints by table, and what
+    is reserved on the devices."""
 
     module: nn.Module
     topology: Topology
     batch_size: int
     constraints: dict[str, ParameterConstraints]
+    reservation: StorageReservation
 
 
 class PlanAgain(Protocol):
@@ -83,6 +87,12 @@ def explain(
     needed = sum(table.device_bytes + (table.host_bytes if cpu else 0) for table in tables)
     memory = _Memory(min(every), held + (host if cpu else 0), (needed - held) / len(every))
     why = f"the tables need {readable(needed)}, the devices have {readable(sum(every))} for them"
+    taken = sum(d.storage.ddr if cpu else d.storage.hbm for d in asked.topology.devices) - sum(every)
+    if taken:
+        share = reserved_share(asked.reservation)
+        of_each = f" ({share:.0%} of each device first)" if share else ""
+        name = type(asked.reservation).__name__
+        why += f" after {name} has kept {readable(taken)}{of_each}, which storage_reservation= changes"
     if needed <= sum(every):
         widest = max(smallest_shard.values(), key=lambda table: table.largest_shard)
         why += (

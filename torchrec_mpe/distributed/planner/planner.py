@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer
 from torchrec.distributed.planner.types import (
     Enumerator,
     ParameterConstraints,
@@ -21,10 +22,14 @@ from torchrec.distributed.planner.types import (
     StorageReservation,
     Topology,
 )
-from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingPlan
 
-from torchrec_mpe.distributed.planner.constraints import complete_constraints, without_needless_row_wise
+from torchrec_mpe.distributed.default_sharders import sharders as default_sharders
+from torchrec_mpe.distributed.planner.constraints import (
+    as_the_user_constrained,
+    complete_constraints,
+    without_needless_row_wise,
+)
 from torchrec_mpe.distributed.planner.insufficient_memory import Asked, explain
 from torchrec_mpe.distributed.planner.packed_placement import PackedPlacement, place_packed, place_tables
 from torchrec_mpe.distributed.planner.perf_estimator import MPEPerfEstimator
@@ -126,6 +131,8 @@ class MPEShardingPlanner(SearchingPlanner):
         self._user_constraints = constraints
         self._own_enumerator = enumerator is None
         self._own_proposers = proposer is None
+        proposers = proposer if isinstance(proposer, list) else [proposer]
+        self._offload = any(isinstance(one, EmbeddingOffloadScaleupProposer) for one in proposers)
         self._pipeline_type = pipeline_type
         self._phase = phase
         self._count_lookups = count_lookups
@@ -162,7 +169,7 @@ class MPEShardingPlanner(SearchingPlanner):
         """:meth:`plan` on rank 0, whose plan or error every rank gets: none waits for a plan that does not come.
 
         Args:
-            module, sharders: as :meth:`plan`; TorchRec's default sharders if None.
+            module, sharders: as :meth:`plan`; :func:`torchrec_mpe.sharders` if None.
             pg (Optional[ProcessGroup]): the world by default.
 
         Raises:
@@ -175,7 +182,7 @@ class MPEShardingPlanner(SearchingPlanner):
         failed: Exception | None = None
         if dist.get_rank(group) == 0:
             try:
-                found = [self.plan(module, sharders or get_default_sharders())]
+                found = [self.plan(module, sharders or default_sharders())]
             except (PlannerError, ValueError) as error:
                 failed = error
                 found = [(str(error), getattr(error, "error_type", None))]
@@ -193,7 +200,7 @@ class MPEShardingPlanner(SearchingPlanner):
         self.forget_plan()
         if not self._own_enumerator:
             return super().plan(module, sharders)
-        complete = complete_constraints(module, sharders, self.topology, self._user_constraints)
+        complete = self._complete_constraints(module, sharders)
         narrow = without_needless_row_wise(module, self.topology, complete, self._user_constraints)
         if self._own_proposers:
             self.propose_with(default_proposers(len(embedding_bag_configs(module)), self.topology.world_size))
@@ -219,14 +226,20 @@ class MPEShardingPlanner(SearchingPlanner):
         estimator = MPEStorageEstimator(topology, constraints, self._pipeline_type, self._phase, self._count_lookups)
         self._storage_estimator = estimator
         estimators = [MPEPerfEstimator(topology, constraints, self._phase), estimator]
-        self.search_among(EmbeddingEnumerator(topology, self.batch_size, constraints, estimators), constraints)
+        told = as_the_user_constrained(constraints, self._user_constraints)  # what statistics call constrained
+        self.search_among(EmbeddingEnumerator(topology, self.batch_size, constraints, estimators), told)
         return estimator
+
+    def _complete_constraints(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> dict[str, ParameterConstraints]:
+        return complete_constraints(module, sharders, self.topology, self._user_constraints, offload=self._offload)
 
     def options(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
     ) -> tuple[list[ShardingOption], MPEStorageEstimator, Topology]:
         """Every table's sharding options with estimates, the estimator, and the topology less what is reserved."""
-        complete = complete_constraints(module, sharders, self.topology, self._user_constraints)
+        complete = self._complete_constraints(module, sharders)
         narrow = without_needless_row_wise(module, self.topology, complete, self._user_constraints)
         estimator = self._enumerate_with(narrow)
         return self.search_space(module, sharders), estimator, self.reserved_topology(module, sharders)
@@ -246,7 +259,9 @@ class MPEShardingPlanner(SearchingPlanner):
 
         options, estimator, reserved = self.options(module, sharders)
         bytes_of_options = [(option, estimator.shard_bytes(option)) for option in options]
-        asked = Asked(module, self.topology, self.batch_size, dict(self._user_constraints or {}))
+        asked = Asked(
+            module, self.topology, self.batch_size, dict(self._user_constraints or {}), self.storage_reservation
+        )
         return explain(kind, asked, bytes_of_options, reserved, plan_again)
 
     def _with_changes(
