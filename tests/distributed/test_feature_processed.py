@@ -11,6 +11,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
@@ -167,6 +168,24 @@ def test_compress(group: None) -> None:
     assert type(coded.fp) is FeatureProcessedEmbeddingBagCollection  # type: ignore[union-attr]
 
 
+def test_tracked_counts_weigh_bags_as_their_processors_do(group: None) -> None:
+    """compress asks for the squares of weights, which no batch has before its features are processed."""
+    unsharded = Model("")
+    plain = unsharded.fp._embedding_bag_collection
+    unsharded.fp._embedding_bag_collection = mpe.MPEEmbeddingBagCollection.from_plain(plain)
+    model = sharded(unsharded, "table_wise")
+    frequencies = mpe.track_frequencies_(model)
+    expected = mpe.FrequencyCounter(TABLES)
+    for step in range(3):
+        model(batch(step))
+        expected.update(model.module.fp._feature_processors(batch(step)))
+    counts = frequencies.merged()
+    for table in TABLES:
+        assert counts[table.name].equal(expected[table.name])
+        torch.testing.assert_close(counts.squared_weights[table.name], expected.squared_weights[table.name])
+    mpe.compress(model, counts, bytes=1000)(batch(3))
+
+
 def test_a_sharded_module_of_another_kind_comes_along(tmp_path: Path, group: None) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -187,6 +206,7 @@ def test_a_sharded_module_of_another_kind_comes_along(tmp_path: Path, group: Non
     dmp(batch(0)).backward()
     emitted = mpe.emit_inference_model(dmp)
     assert emitted.ec is dmp.module.ec
+    assert dmp.module.ec.training and not emitted.training, "training goes on"
     with torch.no_grad():
         torch.testing.assert_close(emitted(batch(1)), dmp.eval()(batch(1)), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"tensor ec\.embeddings\.s\.weight is sharded: an artifact holds whole"):
@@ -217,5 +237,15 @@ def test_a_search_without_our_sharders_is_refused_at_its_first_step(group: None)
     with pytest.raises(ValueError, match=r"^collection \S+ is not sharded: give torchrec_mpe.sharders\(\)"):
         mpe.sample_precision(model)
     model = DistributedModelParallel(Model("search"), device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"before it is sharded, with the sharders of torchrec_mpe.sharders\(\)"):
+    with pytest.raises(ValueError, match=r"^collection \S+ is not sharded: give torchrec_mpe.sharders\(\)"):
         mpe.bit_penalty(model)
+
+
+def test_torchrec_s_own_sharders_leave_a_prepared_collection_quantized(group: None) -> None:
+    """They know no quantizers: rows that they shard would be trained as fp32 without a word."""
+    alone, model = Model("retrain"), DistributedModelParallel(Model("retrain"), device=torch.device("cpu"))
+    torch.testing.assert_close(model(batch(1)), alone(batch(1)), rtol=0, atol=0)
+    planner = mpe.MPEShardingPlanner(topology=Topology(world_size=1, compute_device="cpu"), stats=[], debug=False)
+    with pytest.raises(ValueError, match=r"^collection fp\S* is a MPEEmbeddingBagCollection, for which .* no sharder"):
+        planner.collective_plan(alone, get_default_sharders(), dist.GroupMember.WORLD)
+    assert planner.collective_plan(alone, None, dist.GroupMember.WORLD).plan

@@ -28,4 +28,5 @@ def sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[n
     plain = EmbeddingBagCollectionSharder(fused_params=fused_params)
     of_torchrec = get_default_sharders()
     inside = FeatureProcessedSharder([plain, *ours])
-    return [*ours, *(inside if s.module_type is inside.module_type else s for s in of_torchrec)]
+    prepared = FeatureProcessedSharder([plain, *ours], prepared=True)
+    return [*ours, prepared, *(inside if s.module_type is inside.module_type else s for s in of_torchrec)]

@@ -1,7 +1,9 @@
 """Switch a whole model from phase to phase, in place."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -17,6 +19,7 @@ from torchrec_mpe.precision.frequency_counter import embedding_bag_configs
 from torchrec_mpe.precision.plan import PrecisionPlan
 from torchrec_mpe.precision.row_initialization import RowInitialization
 from torchrec_mpe.upstream.data_parallel import rewrap_data_parallel
+from torchrec_mpe.upstream.feature_processed import prepare_around_
 
 _SHARDED_AS_PREPARED = (EmbeddingBagCollection, FeatureProcessedEmbeddingBagCollection)
 
@@ -174,15 +177,21 @@ def _enter_phase(
         raise ValueError(f"{type(model).__name__} holds no EmbeddingBagCollection")
     _refuse_collections_in_others(model)
     embedding_bag_configs(model)  # refuses a table name that two collections use
+    for name, module in found.items():
+        if not module.embedding_bag_configs():
+            raise ValueError(f"collection {name or type(module).__name__} has no tables: leave it out of the model")
     ours = {
         id(module): module
         if isinstance(module, MPEEmbeddingBagCollection)
         else MPEEmbeddingBagCollection.from_plain(module)
         for module in found.values()
     }
-    quantizers = {key: build(collection) for key, collection in ours.items()}
-    for key, collection in ours.items():
-        collection.enter(phase, quantizers[key], initialization)
+    with _not_on_meta():
+        quantizers = {key: build(collection) for key, collection in ours.items()}
+        for key, collection in ours.items():
+            collection.enter(phase, quantizers[key], initialization)
+    for module in model.modules():
+        prepare_around_(module)
     for name, module in found.items():
         if name == "":
             return ours[id(module)]
@@ -201,9 +210,15 @@ def _retrain_sharded(model: nn.Module, plan: PrecisionPlan) -> None:
             f"{type(model).__name__} holds {', '.join(unsharded) or 'no collection'} unsharded: give "
             "torchrec_mpe.sharders() to DistributedModelParallel and to the planner"
         )
-    built = [_retrain_quantizers(sharded, plan) for sharded in collections]
-    for sharded, quantizers in zip(collections, built, strict=True):
-        sharded.enter_retrain(quantizers, plan.initialization)
+    with _not_on_meta():
+        built = [_retrain_quantizers(sharded, plan) for sharded in collections]
+        for sharded, quantizers in zip(collections, built, strict=True):
+            sharded.enter_retrain(quantizers, plan.initialization)
+
+
+def _not_on_meta() -> AbstractContextManager[object]:
+    """For ``with torch.device("meta")`` around a model's making: quantizers have values, wherever the rows are."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def _retrain_quantizers(sharded: ShardedMPEEmbeddingBagCollection, plan: PrecisionPlan) -> dict[int, RowQuantizer]:

@@ -11,10 +11,11 @@ from torchrec_mpe.upstream.feature_processed import sharded_collection_inside, u
 
 
 def copy_around(source: nn.Module, replaced: Mapping[Any, nn.Module]) -> nn.Module:
-    """A copy that shares nothing with a model but what cannot be copied.
+    """A copy in eval mode that shares nothing with a model but what cannot be copied.
 
     What a sharded feature-processed collection has around a replaced one comes along, unsharded. Other sharded modules,
-    such as a ShardedEmbeddingCollection, hold process groups, which have no copies: the copy has the module itself.
+    such as a ShardedEmbeddingCollection, hold process groups, which have no copies: the copy has the module itself, in
+    the mode that it is in.
 
     Args:
         source (nn.Module): without what DistributedModelParallel puts around it.
@@ -31,4 +32,9 @@ def copy_around(source: nn.Module, replaced: Mapping[Any, nn.Module]) -> nn.Modu
         elif isinstance(module, ShardedModule):
             memo[id(module)] = module
     copied: nn.Module = copy.deepcopy(source, memo)
+    shared = [module for module in source.modules() if memo.get(id(module)) is module]
+    modes = {module: module.training for kept in shared for module in kept.modules()}
+    copied.eval()
+    for module, training in modes.items():
+        module.training = training
     return copied

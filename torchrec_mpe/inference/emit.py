@@ -71,7 +71,7 @@ def emit_inference_model(
     names = [config.name for module in collections.values() for config in module.embedding_bag_configs()]
     chosen = directory_by_table(names, directory)
     packed = {module: _pack(module, output_dtype, chosen, probe) for module in collections.values()}
-    return copy_around(source, packed).eval()
+    return copy_around(source, packed)
 
 
 def _pack(

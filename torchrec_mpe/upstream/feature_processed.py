@@ -20,6 +20,19 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 _COLLECTION = "_embedding_bag_collection"
 
 
+class PreparedFeatureProcessedEmbeddingBagCollection(FeatureProcessedEmbeddingBagCollection):
+    """One whose collection is in a prepared phase.
+
+    TorchRec finds sharders by the exact type: its own would shard the collection inside as a plain one.
+    """
+
+
+def prepare_around_(module: nn.Module) -> None:
+    """Let TorchRec's sharder of feature-processed collections pass a module by; nothing to any other module."""
+    if type(module) is FeatureProcessedEmbeddingBagCollection:
+        module.__class__ = PreparedFeatureProcessedEmbeddingBagCollection
+
+
 class OpenShardedFeatureProcessedEmbeddingBagCollection(ShardedFeatureProcessedEmbeddingBagCollection):
     """TorchRec's, of whose collection DistributedDataParallel keeps the replicated parameters equal.
 
@@ -45,10 +58,12 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
 
     Args:
         sharders (Sequence[EmbeddingBagCollectionSharder]): of the types that it may be of, the plain one first.
+        prepared (bool): of collections in a prepared phase.
     """
 
-    def __init__(self, sharders: Sequence[EmbeddingBagCollectionSharder]) -> None:
+    def __init__(self, sharders: Sequence[EmbeddingBagCollectionSharder], *, prepared: bool = False) -> None:
         super().__init__(sharders[0])
+        self._prepared = prepared
         self._by_type = {sharder.module_type: sharder for sharder in sharders}
 
     def shard(
@@ -66,6 +81,12 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
             raise TypeError(f"{module_fqn or type(module).__name__}: there is no sharder of the {inner.__name__} in it")
         on = torch.device("cuda") if device is None else device
         return OpenShardedFeatureProcessedEmbeddingBagCollection(module, params, sharder, env, on, module_fqn)
+
+    @property
+    def module_type(self) -> type[FeatureProcessedEmbeddingBagCollection]:
+        return (
+            PreparedFeatureProcessedEmbeddingBagCollection if self._prepared else FeatureProcessedEmbeddingBagCollection
+        )
 
     @property
     def sharded_module_type(self) -> type[OpenShardedFeatureProcessedEmbeddingBagCollection]:

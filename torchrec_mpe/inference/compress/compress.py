@@ -96,7 +96,7 @@ def compress(
         output_dtype=output_dtype,
         progress=progress,
     )
-    compressed = copy_around(source, dict(zip(collections, coded.packed, strict=True))).eval()
+    compressed = copy_around(source, dict(zip(collections, coded.packed, strict=True)))
     if score is None:
         if unseen == "model":
             read_unseen_(compressed, coded.unseen_means())
