@@ -2,7 +2,8 @@
 
 import enum
 import itertools
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,22 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_mpe.modules.check_ids import check_ids, rows_of_features
-from torchrec_mpe.modules.row_quantizer import RetrainQuantizer, RowQuantizer, SearchQuantizer
+from torchrec_mpe.modules.row_quantizer import (
+    FLOATS,
+    RetrainQuantizer,
+    RowQuantizer,
+    SearchQuantizer,
+    trained_in_float32,
+)
 from torchrec_mpe.modules.search_config import SearchConfig
 from torchrec_mpe.ops.bags import MEAN, SUM, Bags
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.precision.counts_of_table import counts_of_table
 from torchrec_mpe.precision.groups import FeatureGroups, equal_groups, log_rank_groups
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.eager_quantization import MayRefuseQuantization
 from torchrec_mpe.upstream.embedding_bag_collection import set_device
+from torchrec_mpe.upstream.modules import is_root_of_trace, is_traced
 from torchrec_mpe.upstream.optimizers import optimizer_in_backward
 
 # 12 groups a table: with 32 most groups see too few lookups in an epoch for the search to tell them from noise.
@@ -40,7 +49,7 @@ class Phase(enum.Enum):
     RETRAIN = "retrain"  # one fixed bit-width per row
 
 
-class MPEEmbeddingBagCollection(EmbeddingBagCollection):
+class MPEEmbeddingBagCollection(MayRefuseQuantization, EmbeddingBagCollection):
     """An EmbeddingBagCollection whose rows can be trained at mixed, learned bit-widths.
 
     Until :func:`torchrec_mpe.prepare_search_` or :func:`torchrec_mpe.prepare_retrain_` is called it is TorchRec's
@@ -53,6 +62,9 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
         is_weighted (bool): whether input KeyedJaggedTensors carry per-sample weights; not with mean pooling, once a
             phase is prepared.
         device (Optional[torch.device]): device of the rows; "meta" to let the sharder allocate them.
+
+    Raises:
+        ValueError: if there is no table.
 
     Example::
 
@@ -70,6 +82,8 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
     def __init__(
         self, tables: list[EmbeddingBagConfig], is_weighted: bool = False, device: torch.device | None = None
     ) -> None:
+        if not tables:
+            raise ValueError("a collection without tables has nothing to look up: leave it out of the model")
         super().__init__(tables=tables, is_weighted=is_weighted, device=device)
         self.phase = Phase.PLAIN
         self.row_initialization: RowInitialization | None = None
@@ -92,7 +106,8 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
             config (SearchConfig): settings.
 
         Raises:
-            ValueError: weighted mean pooling, a data type other than FP32, or counts of the wrong size.
+            ValueError: weighted mean pooling, a data type other than FP32, or counts that are none: see
+                :func:`torchrec_mpe.precision.counts_of_table.counts_of_table`.
             KeyError: no counts for a table.
         """
         self._refuse_unsupported()
@@ -174,8 +189,11 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
 
         Raises:
             IndexError: naming table and feature, for an id that is no row.
+            TypeError: if torch.fx traces it, other than as a leaf.
             ValueError: if quantizers have an optimizer in backward, which would train them as if they were rows.
         """
+        if is_traced(features):
+            raise TypeError(self._traced())
         self._refuse_optimizers_in_backward()
         features = check_ids(maybe_td_to_kjt(features, None), rows_of_features(self.embedding_bag_configs()))
         # Not KeyedJaggedTensor.to_dict, which fails on an empty batch.
@@ -240,6 +258,44 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     "prepared; a sharded collection minds neither"
                 )
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """torch's; refused in a prepared phase where torch.fx is about to trace TorchRec's forward in place of ours."""
+        if is_root_of_trace(memo) and self.phase is not Phase.PLAIN:
+            raise TypeError(self._traced())
+        return super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[no-any-return]
+
+    def _traced(self) -> str:
+        tables = ", ".join(table.name for table in self.embedding_bag_configs())
+        return (
+            f"tables {tables}: torch.fx cannot trace a {type(self).__name__} in the {self.phase.value} phase; let the "
+            "tracer's is_leaf_module take it for a leaf, or trace what emit_inference_model makes of it"
+        )
+
+    def about_to_be_quantized(self, *, passed_by: bool) -> None:
+        """Warn of tables that TorchRec's ``quantize_inference_model`` passes by; refuse it in a prepared phase.
+
+        It takes the fp32 rows, which in a prepared phase the network has never read, and knows this class only if its
+        ``quantization_mapping`` names it.
+
+        Raises:
+            ValueError: naming the tables, in the search or retrain phase.
+        """
+        tables = ", ".join(table.name for table in self.embedding_bag_configs())
+        if passed_by:
+            warnings.warn(
+                f"quantization passes tables {tables} of a {type(self).__name__} by, they stay float32: pack them "
+                "with compress or emit_inference_model, or name the class in quantize_inference_model's "
+                "quantization_mapping",
+                stacklevel=3,
+            )
+        elif self.phase is not Phase.PLAIN:
+            raise ValueError(
+                f"tables {tables} are in the {self.phase.value} phase, whose rows have bit-widths of their own: pack "
+                "them with emit_inference_model"
+            )
+
     def _refuse_unsupported(self) -> None:
         for table in self.embedding_bag_configs():
             if self.is_weighted() and table.pooling == PoolingType.MEAN:
@@ -253,6 +309,8 @@ class MPEEmbeddingBagCollection(EmbeddingBagCollection):
                     f"table {table.name} has data type {table.data_type.value}: rows are trained in FP32 and packed "
                     "to their bit-widths afterwards"
                 )
+            if (dtype := self.embedding_bags[table.name].weight.dtype) not in FLOATS:
+                raise ValueError(f"table {table.name}: {trained_in_float32(dtype)}")
 
 
 def _groups(counts: Mapping[str, Tensor], config: SearchConfig) -> FeatureGroups:

@@ -19,8 +19,19 @@ from torchrec_mpe.upstream.modules import ChecksItsState
 
 OrderByTable = Mapping[str, Tensor | None]
 
+FLOATS = (torch.float32, torch.float64)
+"""In which rows are quantized."""
+
 _MIN_STEP_SIZE = 1e-10
 _DIGEST_ROWS = 1 << 20  # rows at a time: no table's whole map needs to exist
+
+
+def trained_in_float32(dtype: torch.dtype) -> str:
+    """Why rows and quantizers of another dtype are refused, and the way out."""
+    return (
+        f"rows and quantizers are {dtype}, they are trained in float32 and packed to their bit-widths afterwards: "
+        "leave the collection out of .half() and .bfloat16()"
+    )
 
 
 class _WidthsInOrder(Mapping[str, TableBitWidths]):
@@ -163,8 +174,14 @@ class RowQuantizer(ChecksItsState):
 
         Returns:
             Tensor: [bags, local D], or [B, F * local D] side by side.
+
+        Raises:
+            TypeError: naming the tables, if rows or parameters were made float16 or bfloat16.
         """
         dtype = rows.dtype
+        for of in (dtype, self.alpha.dtype):
+            if of not in FLOATS:
+                raise TypeError(f"tables {', '.join(self.table_number)}: {trained_in_float32(of)}")
         # In this order: backward adds up the gradients of what was made last first.
         alpha, beta = self.step_sizes().to(dtype), self.beta[columns].to(dtype)
         zero_rows = None if self.zero_rows is None else self.zero_rows[:, columns].to(dtype)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Self = TypeVar("Self", bound="ConvertsItself")
@@ -64,3 +66,17 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
         return [module.running_mean, module.running_var]
     return []
+
+
+def is_root_of_trace(memo: Any) -> bool:
+    """Whether ``named_modules`` is called on the module that torch.fx traces, whose class's ``forward`` it takes.
+
+    Args:
+        memo (Optional[set]): of that call; of a submodule it is not None.
+    """
+    return memo is None and bool(is_fx_symbolic_tracing())
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for one that torch.fx will know later."""
+    return isinstance(value, Proxy)
