@@ -168,6 +168,15 @@ def test_compress(group: None) -> None:
     assert type(coded.fp) is FeatureProcessedEmbeddingBagCollection  # type: ignore[union-attr]
 
 
+def test_cached_tables_with_feature_processors_are_refused_by_the_planner() -> None:
+    model = Model("")
+    cached = mpe.CachedEmbeddingBagCollection(TABLES, is_weighted=True, device=torch.device("meta"))
+    model.fp = FeatureProcessedEmbeddingBagCollection(cached, model.fp._feature_processors)  # type: ignore[arg-type]
+    planner = mpe.MPEShardingPlanner(topology=Topology(world_size=1, compute_device="cpu"), stats=[], debug=False)
+    with pytest.raises(ValueError, match=r"^tables users, goods have a cache and are in fp, a FeatureProcessed"):
+        planner.plan(model, mpe.sharders())
+
+
 def test_tracked_counts_weigh_bags_as_their_processors_do(group: None) -> None:
     """compress asks for the squares of weights, which no batch has before its features are processed."""
     unsharded = Model("")

@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec_mpe.distributed.planner.cache_load import CUSTOMIZED_KERNEL
 from torchrec_mpe.modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection
+from torchrec_mpe.upstream.feature_processed import collection_inside
 from torchrec_mpe.upstream.planner import NARROWEST_COLUMN_SHARD
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,13 @@ def complete_constraints(
             raise ValueError(
                 f"collection {name or 'of the model'} is a {type(collection).__name__}, for which there is no sharder: "
                 "give torchrec_mpe.sharders() to the planner and to DistributedModelParallel"
+            )
+        inside = collection_inside(collection)
+        if isinstance(inside, CachedEmbeddingBagCollection) and inside.cache_configs:
+            raise ValueError(
+                f"tables {', '.join(inside.cache_configs)} have a cache and are in {name or 'the model'}, a "
+                f"{type(collection).__name__}, which TorchRec's planner gives no kernel with a cache: give them no "
+                "CacheConfig, or look them up without feature processors"
             )
     given = dict(constraints or {})
     known: set[str] = set()
