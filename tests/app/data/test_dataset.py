@@ -224,6 +224,7 @@ def test_what_is_no_prepared_folder(dataset: PreparedDataset, tmp_path: Path) ->
         (json.dumps({"format_version": 1}), "is damaged"),
         ("[]", "is damaged"),
         ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -253,3 +254,30 @@ def test_damaged_vocabulary(dataset: PreparedDataset) -> None:
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="missing or damaged"):
         dataset.counts("a")
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 5])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ids", -1, "an id that is none of its field"),
+        ("ids", 10**6, "an id that is none of its field"),
+        ("labels", 7, "a label that is neither 0 nor 1"),
+        ("labels", np.nan, "a label that is neither 0 nor 1"),
+        ("dense", np.inf, "a number that is not finite"),
+        ("1.values", -1, "an id that is none of its field"),
+        ("1.values", 10**6, "an id that is none of its field"),
+        ("1.offsets", -(10**9), "a bag that is none of its values"),
+        ("1.offsets", 10**9, "a bag that is none of its values"),
+    ],
+)
+def test_damaged_cells_are_found_before_a_batch_has_them(
+    dataset: PreparedDataset, name: str, value: float, said: str, shuffle_seed: int | None
+) -> None:
+    file = dataset.path / "train" / f"{name}.npy"
+    array = np.load(file, mmap_mode="r+")
+    array.reshape(-1)[100] = value
+    array.flush()
+    damaged = PreparedDataset.open(dataset.path)
+    with pytest.raises(UserError, match=rf"{name}\.npy is damaged, it holds {said}: prepare the log again"):
+        list(damaged.batches("train", 32, shuffle_seed=shuffle_seed))

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_mpe.errors import UserError
 
 SHUFFLE_ROWS = 1 << 22
 """Rows shuffled together; larger splits are shuffled in pieces of so many rows."""
@@ -112,6 +115,8 @@ class BatchBuilder:
         ids: int32 [n, single-valued fields].
         dense: float32 [n, dense features].
         bags: one entry a field: its bags, or None for a single-valued field, which takes the next column of ``ids``.
+        num_embeddings: one entry a field.
+        folder: of the arrays, for errors.
     """
 
     def __init__(
@@ -121,23 +126,39 @@ class BatchBuilder:
         ids: torch.Tensor,
         dense: torch.Tensor,
         bags: list[Bags | None],
+        num_embeddings: list[int],
+        folder: Path,
     ) -> None:
         self._keys = keys
         self._labels = labels
         self._ids = ids
         self._dense = dense
         self._bags = bags
+        self._num_embeddings = num_embeddings
+        single = [n for n, bag in zip(num_embeddings, bags, strict=True) if bag is None]
+        self._limits = torch.tensor(single, dtype=torch.int32)
+        self._folder = folder
         self._all_single = all(bag is None for bag in bags)
         self._ones: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def build(self, rows: slice | torch.Tensor) -> Batch:
-        """The batch of the given rows; values, lengths and offsets are int64."""
+        """The batch of the given rows; values, lengths and offsets are int64.
+
+        Raises:
+            UserError: if a file is damaged so that a label is neither 0 nor 1, or an id is none of its field.
+        """
         if isinstance(rows, slice):
             labels, ids, dense = self._labels[rows].clone(), self._ids[rows], self._dense[rows].clone()
         else:
             labels = self._labels.index_select(0, rows)
             ids = self._ids.index_select(0, rows)
             dense = self._dense.index_select(0, rows)
+        if bool(((ids < 0) | (ids >= self._limits)).any()):
+            raise self._damaged("ids.npy", "an id that is none of its field")
+        if bool(((labels != 0) & (labels != 1)).any()):
+            raise self._damaged("labels.npy", "a label that is neither 0 nor 1")
+        if not bool(dense.isfinite().all()):
+            raise self._damaged("dense.npy", "a number that is not finite")
         size = labels.shape[0]
         columns = torch.empty((ids.shape[1], size), dtype=torch.int64).copy_(ids.t())
         sparse = self._single(columns, size) if self._all_single else self._mixed(columns, size, rows)
@@ -155,10 +176,24 @@ class BatchBuilder:
     def _mixed(self, columns: torch.Tensor, size: int, rows: slice | torch.Tensor) -> KeyedJaggedTensor:
         ones = torch.ones(size, dtype=torch.int64)
         single = iter(columns)
-        parts = [(ones, next(single)) if bag is None else bag.take(rows) for bag in self._bags]
+        parts = [(ones, next(single)) if bag is None else self._take(k, bag, rows) for k, bag in enumerate(self._bags)]
         return KeyedJaggedTensor(
             keys=self._keys,
             values=torch.cat([values.to(torch.int64) for _, values in parts]),
             lengths=torch.cat([lengths for lengths, _ in parts]),
             stride=size,
         )
+
+    def _take(self, field: int, bag: Bags, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = bag.offsets[rows.start : rows.stop + 1] if isinstance(rows, slice) else bag.offsets[rows + 1]
+        starts = ends[:-1] if isinstance(rows, slice) else bag.offsets[rows]
+        ends = ends[1:] if isinstance(rows, slice) else ends
+        if bool(((starts < 0) | (ends < starts) | (ends > len(bag.values))).any()):
+            raise self._damaged(f"{field}.offsets.npy", "a bag that is none of its values")
+        lengths, values = bag.take(rows)
+        if bool(((values < 0) | (values >= self._num_embeddings[field])).any()):
+            raise self._damaged(f"{field}.values.npy", "an id that is none of its field")
+        return lengths, values
+
+    def _damaged(self, file: str, what: str) -> UserError:
+        return UserError(f"{self._folder / file} is damaged, it holds {what}: prepare the log again")

@@ -72,7 +72,7 @@ class PreparedDataset:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file} is damaged: prepare the log again") from None
         if version != FORMAT_VERSION:
             raise UserError(
@@ -205,6 +205,8 @@ class PreparedDataset:
             as_tensor(self._array(split, "ids", np.int32, (rows, single))),
             as_tensor(self._array(split, "dense", np.float32, (rows, len(self.dense_names)))),
             bags,
+            [field.num_embeddings for field in self.fields],
+            self.path / split,
         )
 
     def _bags(self, split: str, field: int, rows: int) -> Bags:
