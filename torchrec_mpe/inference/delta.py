@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.document import DocumentFormat
+from torchrec_mpe.files.tensors_file import read_tensors
 from torchrec_mpe.packing.update import TableRows
 
 _FORMAT = DocumentFormat("torchrec_mpe.delta", 1, "a delta of rows, as save_delta writes them")
@@ -54,12 +54,7 @@ def load_delta(path: str | os.PathLike[str]) -> dict[str, TableRows]:
         ValueError: if it is damaged or no delta.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            _FORMAT.check(path, file.metadata(), text=True)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    tensors = read_tensors(path, _FORMAT)
     rows: dict[str, TableRows] = {}
     for key in sorted(tensors):
         kind, _, name = key.partition(".")

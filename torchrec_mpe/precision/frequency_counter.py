@@ -2,12 +2,10 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
@@ -18,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.files.progress import progress_bar
+from torchrec_mpe.files.tensors_file import read_tensors
 from torchrec_mpe.upstream.embedding_bag_collection import tables_of_sharded
 
 _FORMAT = DocumentFormat("torchrec_mpe.frequencies", 1, "a frequency file")
@@ -189,14 +188,9 @@ class FrequencyCounter(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is not a frequency file of a known version.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                _FORMAT.check(Path(path), file.metadata(), text=True)
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                squared = {n.removeprefix(_SQUARED): found.pop(n) for n in list(found) if n.startswith(_SQUARED)}
-                return cls.from_counts(found, squared)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a frequency file: {error}") from error
+        found = read_tensors(path, _FORMAT)
+        squared = {n.removeprefix(_SQUARED): found.pop(n) for n in list(found) if n.startswith(_SQUARED)}
+        return cls.from_counts(found, squared)
 
 
 def embedding_bag_configs(model: nn.Module) -> list[EmbeddingBagConfig]:

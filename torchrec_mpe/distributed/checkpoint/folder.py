@@ -2,8 +2,8 @@
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,13 +94,13 @@ class CheckpointFolder:
         Returns:
             str: name of the folder beside the checkpoints that holds the content.
         """
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{kind}-", dir=self.path))
+        temporary = self.path / f"{_UNFINISHED}{kind}-{secrets.token_hex(4)}"
+        temporary.mkdir()
         write(temporary / file)
         target = self.path / f"{kind}-{file_sha256(temporary / file)[:16]}"
         if target.is_dir():
             shutil.rmtree(temporary)
             return target.name
-        temporary.chmod(0o755)
         for entry in temporary.iterdir():
             sync(entry)
         sync(temporary)

@@ -3,11 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
@@ -16,6 +14,7 @@ from torchrec_mpe.distributed.sum_over_ranks import sum_over_ranks_
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.files.document import DocumentFormat
 from torchrec_mpe.files.progress import progress_bar
+from torchrec_mpe.files.tensors_file import read_tensors
 from torchrec_mpe.inference.compress.evaluated import Forward, evaluated, outputs_of, ranks_of
 from torchrec_mpe.inference.compress.pooled_leaves import PooledLeaves
 
@@ -65,12 +64,7 @@ class Curvature(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is not a curvature file of a known version.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                _FORMAT.check(Path(path), file.metadata(), text=True)
-                return cls({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a curvature file: {error}") from error
+        return cls(read_tensors(path, _FORMAT))
 
 
 def measure_curvature(
