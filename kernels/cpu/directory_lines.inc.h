@@ -7,18 +7,24 @@ inline uint64_t load_u64(const uint8_t* bytes) {
   return word;
 }
 
-// Rank among the kept rows of a table's bitmap, or kZeroBits.
-inline int32_t bitmap_rank(const uint8_t* directory, int32_t row) {
-  const uint8_t* line = directory + row / kBitmapRows * kLineBytes;
-  const int bit = row % kBitmapRows;
+// The set bits before a row's in its bitmap; in the highest bit whether that one is set.
+inline uint32_t bitmap_bits(const uint8_t* lines, int32_t row) {
+  const uint8_t* line = lines + static_cast<int64_t>(row) / kBitmapRows * kLineBytes;
+  const int bit = static_cast<int>(row % kBitmapRows);
   const uint8_t* words = line + 8;
   const int word = bit / 64;
   uint64_t rank = load_u64(line);
   for (int k = 0; k < 7; ++k) {
     rank += __builtin_popcountll(low_bits(load_u64(words + 8 * k), bit - 64 * k));
   }
-  const bool present = load_u64(words + 8 * word) >> (bit % 64) & 1;
-  return present ? static_cast<int32_t>(rank & 0x7fffffff) : kZeroBits;
+  const uint32_t present = load_u64(words + 8 * word) >> (bit % 64) & 1;
+  return (static_cast<uint32_t>(rank) & 0x7fffffffu) | present << 31;
+}
+
+// Rank among the kept rows of a table's bitmap, or kZeroBits.
+inline int32_t bitmap_rank(const uint8_t* directory, int32_t row) {
+  const uint32_t found = bitmap_bits(directory, row);
+  return found >> 31 != 0 ? static_cast<int32_t>(found & 0x7fffffffu) : kZeroBits;
 }
 
 // Sum of the widths of the rows before `position` in a nibble line.

@@ -59,8 +59,68 @@ __attribute__((always_inline)) inline void fetch_directory(const PackedTable& ta
       case Directory::BitmapNibble:
         prefetch(table.directory + id / kBitmapRows * kLineBytes);
         break;
+      case Directory::Wavelet:
+        prefetch(table.directory + (table.splits->line + id / kBitmapRows) * kLineBytes);
+        break;
     }
   }
+}
+
+// Ids of a block to ranks, split by split, so that each split's line is fetched before it is read; returns false if any
+// leads out of the directory, and is now one of 0 bits.
+inline bool resolve_wavelet(const PackedTable& table, int count, int32_t* ranks) {
+  // Of the rows that are not resolved yet: slot, row of its split, and the split, or -n: the rank stands in line n.
+  int32_t slots[kBlock];
+  int32_t rows[kBlock];
+  int32_t places[kBlock];
+  int left = 0;
+  for (int i = 0; i < count; ++i) {
+    slots[left] = i;
+    rows[left] = ranks[i];
+    places[left] = 0;
+    left += ranks[i] >= 0;
+  }
+  bool sound = true;
+  const uint32_t num_rows = static_cast<uint32_t>(table.num_rows);
+  while (left > 0) {
+    int next = 0;
+    for (int i = 0; i < left; ++i) {
+      const int32_t slot = slots[i];
+      const int32_t place = places[i];
+      int32_t rank;
+      if (place < 0) {
+        const uint8_t* at = table.directory - place * kLineBytes + int64_t{4} * rows[i];
+        std::memcpy(&rank, at, 4);
+      } else {
+        const Split& split = table.splits[place];
+        const uint32_t found = bitmap_bits(table.directory + split.line * kLineBytes, rows[i]);
+        const bool is_set = found >> 31 != 0;
+        const int32_t kept = static_cast<int32_t>(found & 0x7fffffffu);
+        const int32_t row = is_set ? kept : rows[i] - kept;
+        const int32_t there = is_set ? split.set : split.rest;
+        const int32_t of_half = is_set ? split.kept : split.rows - split.kept;
+        if (__builtin_expect(row < 0 || row >= of_half, 0)) {
+          sound = false;
+          ranks[slot] = kZeroBits;
+          continue;
+        }
+        if (there != 0) {
+          prefetch(there < 0 ? table.directory - there * kLineBytes + int64_t{4} * row
+                             : table.directory + (table.splits[there].line + row / kBitmapRows) * kLineBytes);
+          slots[next] = slot;
+          rows[next] = row;
+          places[next] = there;
+          ++next;
+          continue;
+        }
+        rank = split.first + (is_set ? 0 : split.kept) + row;
+      }
+      sound &= static_cast<uint32_t>(rank) < num_rows;
+      ranks[slot] = static_cast<uint32_t>(rank) < num_rows ? rank : kZeroBits;
+    }
+    left = next;
+  }
+  return sound;
 }
 
 // Ids to ranks, in [0, num_rows), kPruned or kZeroBits; bounds are checked here.
@@ -91,6 +151,10 @@ void resolve(const Lookup& lookup, const PackedTable& table, int64_t position, i
       ranks[i] = ranks[i] < 0 ? ranks[i] : rank < rows ? static_cast<int32_t>(rank) : kZeroBits;
     }
     if (__builtin_expect(damaged, 0)) {
+      faults.damaged_feature = feature;
+    }
+  } else if (table.kind == Directory::Wavelet) {
+    if (__builtin_expect(!resolve_wavelet(table, count, ranks), 0)) {
       faults.damaged_feature = feature;
     }
   } else if (table.kind == Directory::Bitmap || table.kind == Directory::BitmapNibble) {

@@ -10,6 +10,7 @@
 
 #include "packed_embedding_bag.h"
 #include "row_lock.h"
+#include "wavelet_splits.h"
 
 namespace torchrec_mpe {
 namespace {
@@ -112,6 +113,8 @@ class PackedTables {
       table.components = components.const_data_ptr<int32_t>()[t];
       TORCH_CHECK_VALUE(0 <= table.components && table.components <= (coded ? kMaxComponents : 0), "table ", t,
                         ": it cannot have ", table.components, " components");
+      TORCH_CHECK_VALUE(coded || table.kind != Directory::Wavelet, "table ", t,
+                        ": only a coded table has a wavelet directory");
       if (coded) {
         TORCH_CHECK_VALUE(table.nibble_lines == 0 && table.kind != Directory::BitmapNibble, "table ", t,
                           ": a directory of widths cannot say how rows are coded");
@@ -170,7 +173,7 @@ class PackedTables {
   void set_directory(int64_t t, const Tensor& kinds, const Tensor& directory, const Tensor& offsets) {
     PackedTable& table = tables_[t];
     const int32_t kind = kinds.const_data_ptr<int32_t>()[t];
-    TORCH_CHECK_VALUE(0 <= kind && kind <= static_cast<int32_t>(Directory::BitmapNibble), "table ", t,
+    TORCH_CHECK_VALUE(0 <= kind && kind <= static_cast<int32_t>(Directory::Wavelet), "table ", t,
                       ": there is no directory of kind ", kind);
     table.kind = static_cast<Directory>(kind);
     const auto lines = [](int64_t rows, int64_t rows_a_line) { return (rows + rows_a_line - 1) / rows_a_line; };
@@ -182,6 +185,7 @@ class PackedTables {
       case Directory::Nibble: bytes = lines(table.num_rows, kNibbleRows) * kLineBytes; break;
       case Directory::Bitmap: bytes = bitmap_bytes; break;
       case Directory::BitmapNibble: bytes = bitmap_bytes; break;
+      case Directory::Wavelet: bytes = kLineBytes; break;
     }
     const bool has_runs = table.kind != Directory::Nibble && table.kind != Directory::BitmapNibble;
     TORCH_CHECK_VALUE(!has_runs || table.num_runs > 0, "table ", t, ": it has no runs");
@@ -200,10 +204,14 @@ class PackedTables {
     }
     TORCH_CHECK_VALUE(start >= 0 && start % kLineBytes == 0 && start <= end - bytes, "table ", t,
                       ": its directory of ", bytes, " bytes at ", start, " does not end before ", end);
-    TORCH_CHECK_VALUE(table.kind != Directory::Remap ||
+    TORCH_CHECK_VALUE((table.kind != Directory::Remap && table.kind != Directory::Wavelet) ||
                           reinterpret_cast<uintptr_t>(directory.const_data_ptr<uint8_t>()) % 4 == 0,
-                      "directory must start at a multiple of 4 bytes for table ", t, "'s remap");
+                      "directory must start at a multiple of 4 bytes for table ", t, "'s ranks");
     table.directory = directory.const_data_ptr<uint8_t>() + start;
+    if (table.kind == Directory::Wavelet) {
+      TORCH_CHECK_VALUE(take_splits(table, (end - start) / kLineBytes), "table ", t,
+                        ": the splits of its directory lead outside of it");
+    }
     table.nibbles = table.directory + (table.kind == Directory::BitmapNibble ? bitmap_bytes : 0);
     table.nibble_lines = table.kind == Directory::Nibble ? bytes / kLineBytes
                          : table.kind == Directory::BitmapNibble ? (end - start - bitmap_bytes) / kLineBytes : 0;

@@ -11,7 +11,23 @@ constexpr int64_t kNibbleRows = 120;   // rows of a line of a nibble directory
 constexpr int64_t kBitmapRows = 448;   // rows of a line of a bitmap directory
 constexpr int64_t kEndPadding = 64;    // bytes of the weights after the last row
 
-enum class Directory : int32_t { Ranked = 0, Remap = 1, Nibble = 2, Bitmap = 3, BitmapNibble = 4 };
+constexpr int32_t kMaxSplits = 64;     // of a wavelet directory
+
+enum class Directory : int32_t { Ranked = 0, Remap = 1, Nibble = 2, Bitmap = 3, BitmapNibble = 4, Wavelet = 5 };
+
+// Neighbouring ranks of a wavelet directory in two halves. Rows of either half go on to another split; 0: to ranks in
+// the order of their ids, from `first` or `first + kept` on; -n: to int32 ranks from line n on.
+struct Split {
+  int32_t first;
+  int32_t rows;
+  int32_t kept;  // rows of the lower half, whose bits are set
+  int32_t line;  // the first one of its bitmap
+  int32_t set;
+  int32_t rest;
+  int32_t splits;  // of the table, and how many a row meets at most; both in the root alone
+  int32_t levels;
+};
+static_assert(sizeof(Split) == 32, "the stored split");
 
 constexpr uint32_t kTransformed = 0x80000000;  // of RunRecord::coding
 constexpr int kMaxComponents = 16;             // of a transformed row
@@ -34,6 +50,7 @@ struct PackedTable {
   int32_t blocks;              // ceil(embedding_dim / 8); a row of b bits has blocks * b bytes
   Directory kind;
   const uint8_t* directory;
+  const Split* splits;         // of Wavelet, each before those that it leads to, and all lines in the directory
   int64_t nibble_lines;        // of Nibble and BitmapNibble
   const uint8_t* nibbles;      // first nibble line
   const RunRecord* runs;       // of Ranked, Remap and Bitmap

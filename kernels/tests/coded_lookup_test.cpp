@@ -14,12 +14,12 @@ void test_coded_tables() {
       for (const int plain_of_8 : {0, 3, 8}) {
         const int64_t counts[] = {1, 2, 9, 16, 17, 30, 33, 64, 65, 80};
         const int64_t count = counts[turn % 10];
-        const bool remapped = turn % 3 == 1;
+        const Directory kind = kCodedDirectories[turn % 3];
         set_case("coded: dim %d, %d components, %d runs, %d in 8 plain", dim, components, static_cast<int>(count),
                  plain_of_8);
-        const CodedRows rows(dim, components, random_runs(count, turn % 7 == 0 ? 1 : 40, plain_of_8, random), remapped,
+        const CodedRows rows(dim, components, random_runs(count, turn % 7 == 0 ? 1 : 40, plain_of_8, random), kind,
                              random);
-        look_up(rows, store(rows, remapped ? Directory::Remap : Directory::Ranked, random), turn, random);
+        look_up(rows, store(rows, kind, random), turn, random);
         ++turn;
       }
     }
@@ -36,7 +36,7 @@ void test_widths_of_components() {
         run.block_bits[k] = block == kComponentBlocks || block == k ? bits : 0;
       }
       set_case("widths: block %d of %d bits", block, bits);
-      const CodedRows rows(16, 16, {run}, false, random);
+      const CodedRows rows(16, 16, {run}, Directory::Ranked, random);
       look_up(rows, store(rows, Directory::Ranked, random), bits, random);
     }
   }
@@ -48,7 +48,7 @@ void test_far_bits() {
   const CodedRun run{40, true, 0, {3, 1, 2, 5, 0}};
   CodedRun far = run;
   far.rows = 50;
-  const CodedRows rows(24, 8, {run, far, {10, false, 4, {}}}, false, random);
+  const CodedRows rows(24, 8, {run, far, {10, false, 4, {}}}, Directory::Ranked, random);
   StoredTable table = store(rows, Directory::Ranked, random);
   const int64_t gap = int64_t{600} << 20;
   const int64_t first = 40 * rows.row_bits(0) / 8;
@@ -72,7 +72,7 @@ void test_damaged_coded_tables() {
       for (const int plain_of_8 : {0, 4, 8}) {
         std::vector<CodedRun> runs = random_runs(count, 6, plain_of_8, random);
         runs[0] = plain_of_8 == 8 ? CodedRun{300, false, 4, {}} : CodedRun{300, true, 0, {4, 4, 4, 4, 4}};
-        const CodedRows rows(dim, 8, runs, false, random);
+        const CodedRows rows(dim, 8, runs, Directory::Ranked, random);
         const StoredTable sound = store(rows, Directory::Ranked, random);
         StoredTable table = sound;
         set_case("coded: weights cut short");
@@ -103,6 +103,18 @@ void test_damaged_coded_tables() {
         std::swap(table.run_starts[1], table.run_starts[2]);
         check_damaged(table, false);
       }
+    }
+  }
+  for (const int64_t count : {2, 30}) {
+    const CodedRows rows(16, 8, random_runs(count, 40, 4, random), Directory::Wavelet, random);
+    const StoredTable sound = store(rows, Directory::Wavelet, random);
+    Split root;
+    std::memcpy(&root, sound.directory.data(), sizeof(root));
+    for (const uint64_t rank : {uint64_t{1000000}, uint64_t{0x7fffffff}, ~uint64_t{0}}) {
+      set_case("wavelet: rank %llu before a line", static_cast<unsigned long long>(rank));
+      StoredTable table = sound;
+      put(table.directory, root.line * kLineBytes, rank);
+      check_damaged(table);
     }
   }
   set_case("transformed rows of a table that is not coded");

@@ -1,6 +1,8 @@
 // Coded tables of known codes, stored bit by bit as torchrec_mpe/packing/packed_tables.py says.
 #pragma once
 
+#include <cstddef>
+
 #include "stored_table.h"
 
 namespace torchrec_mpe {
@@ -13,6 +15,8 @@ struct CodedRun {
   int block_bits[kComponentBlocks];
 };
 
+constexpr Directory kCodedDirectories[] = {Directory::Ranked, Directory::Remap, Directory::Wavelet};
+
 // What a coded table means: rank r has the unsigned codes [r * stride, ...) of its elements or its components.
 struct CodedRows {
   int32_t dim;
@@ -24,7 +28,7 @@ struct CodedRows {
   std::vector<std::vector<float>> scales;   // of each run: its step size, or of each component
   std::vector<std::vector<float>> offsets;
 
-  CodedRows(int32_t dim_, int32_t components_, std::vector<CodedRun> runs_, bool remapped, Random& random)
+  CodedRows(int32_t dim_, int32_t components_, std::vector<CodedRun> runs_, Directory kind, Random& random)
       : dim(dim_), components(components_), runs(std::move(runs_)) {
     for (size_t k = 0; k < runs.size(); ++k) {
       scales.emplace_back();
@@ -38,8 +42,20 @@ struct CodedRows {
     }
     rank_of.resize(run_of.size());
     std::iota(rank_of.begin(), rank_of.end(), 0);
-    for (int64_t row = size() - 1; remapped && row > 0; --row) {
+    for (int64_t row = size() - 1; kind != Directory::Ranked && row > 0; --row) {
       std::swap(rank_of[row], rank_of[random.below(row + 1)]);
+    }
+    if (kind == Directory::Wavelet) {
+      // The ranks of a run in the order of the rows.
+      std::vector<int64_t> following;
+      int64_t first = 0;
+      for (const CodedRun& run : runs) {
+        following.push_back(first);
+        first += run.rows;
+      }
+      for (int64_t& rank : rank_of) {
+        rank = following[run_of[rank]]++;
+      }
     }
     codes.resize(run_of.size() * stride());
     for (size_t i = 0; i < codes.size(); ++i) {
@@ -111,6 +127,63 @@ inline uint16_t to_level(float value) {
   return static_cast<uint16_t>(word >> 16);
 }
 
+// Appends lines of zeros to a directory; returns the first one's number.
+inline int32_t append_lines(StoredTable& table, int64_t count) {
+  const int64_t first = static_cast<int64_t>(table.directory.size()) / kLineBytes;
+  table.directory.resize((first + count) * kLineBytes);
+  return static_cast<int32_t>(first);
+}
+
+// Stores the tree over runs [low, high), whose rows by id have these ranks: a random one, with ranks in full at times.
+// Returns where such rows go on; `next` is the number of the next split.
+inline int32_t store_splits(StoredTable& table, const std::vector<int64_t>& starts, size_t low, size_t high,
+                            const std::vector<int64_t>& ranks, int32_t& next, Random& random) {
+  const bool is_root = next == 0;
+  if (!is_root && (random.below(6) == 0 || (high - low > 1 && next == kMaxSplits))) {
+    const int32_t line = append_lines(table, lines(static_cast<int64_t>(ranks.size()), kLineBytes / 4));
+    for (size_t i = 0; i < ranks.size(); ++i) {
+      put(table.directory, line * kLineBytes + 4 * i, static_cast<int32_t>(ranks[i]));
+    }
+    return -line;
+  }
+  if (!is_root && high - low == 1) {
+    return 0;
+  }
+  const int32_t own = next++;
+  const size_t middle = low + (high - low == 1 ? 1 : 1 + random.below(static_cast<int64_t>(high - low) - 1));
+  Split split{};
+  split.first = static_cast<int32_t>(starts[low]);
+  split.rows = static_cast<int32_t>(ranks.size());
+  split.line = append_lines(table, lines(static_cast<int64_t>(ranks.size()), kBitmapRows));
+  std::vector<int64_t> halves[2];
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const size_t line = (split.line + i / kBitmapRows) * kLineBytes;
+    const size_t bit = i % kBitmapRows;
+    if (bit == 0) {
+      put(table.directory, line, static_cast<uint64_t>(halves[0].size()));
+    }
+    const bool is_set = ranks[i] < starts[middle];
+    table.directory[line + 8 + bit / 8] |= static_cast<uint8_t>(is_set << (bit % 8));
+    halves[is_set ? 0 : 1].push_back(ranks[i]);
+  }
+  split.kept = static_cast<int32_t>(halves[0].size());
+  split.set = store_splits(table, starts, low, middle, halves[0], next, random);
+  split.rest = middle == high ? 0 : store_splits(table, starts, middle, high, halves[1], next, random);
+  put(table.directory, own * sizeof(Split), split);
+  return own;
+}
+
+inline void store_wavelet(StoredTable& table, const CodedRows& rows, Random& random) {
+  std::vector<int64_t> starts{0};
+  for (const CodedRun& run : rows.runs) {
+    starts.push_back(starts.back() + run.rows);
+  }
+  append_lines(table, kMaxSplits * static_cast<int64_t>(sizeof(Split)) / kLineBytes);
+  int32_t splits = 0;
+  store_splits(table, starts, 0, rows.runs.size(), rows.rank_of, splits, random);
+  put(table.directory, offsetof(Split, splits), splits);
+}
+
 inline StoredTable store(const CodedRows& rows, Directory kind, Random& random) {
   StoredTable table;
   table.dim = rows.dim;
@@ -160,6 +233,9 @@ inline StoredTable store(const CodedRows& rows, Directory kind, Random& random) 
     for (int64_t row = 0; row < rows.size(); ++row) {
       put(table.directory, 4 * row, static_cast<int32_t>(rows.rank_of[row]));
     }
+  }
+  if (kind == Directory::Wavelet) {
+    store_wavelet(table, rows, random);
   }
   for (int32_t i = 0; i < rows.dim * rows.components; ++i) {
     table.basis.push_back(random.unit());

@@ -155,6 +155,7 @@ StoredTable arbitrary_table(Input& input, int32_t dim, Directory kind) {
     case Directory::Nibble: fill(table.directory, lines(table.num_rows, kNibbleRows) * kLineBytes); break;
     case Directory::Bitmap: fill(table.directory, bitmap); break;
     case Directory::BitmapNibble: fill(table.directory, bitmap + input.below(4) * kLineBytes); break;
+    case Directory::Wavelet: break;  // of coded tables
   }
   const bool has_runs = kind != Directory::Nibble && kind != Directory::BitmapNibble;
   const int64_t num_runs = has_runs ? 1 + input.below(20) : input.below(20);
@@ -178,9 +179,9 @@ StoredTable coded_table(Input& input, int32_t dim, Random& random) {
   const int32_t components = static_cast<int32_t>(input.below(kMaxComponents + 1));
   const int64_t count = 1 + input.below(input.flip() ? 12 : 90);
   const int plain_of_8 = static_cast<int>(input.below(9));
-  const bool remapped = input.flip();
-  const CodedRows rows(dim, components, random_runs(count, 1 + input.below(20), plain_of_8, random), remapped, random);
-  StoredTable table = store(rows, remapped ? Directory::Remap : Directory::Ranked, random);
+  const Directory kind = kCodedDirectories[input.below(3)];
+  const CodedRows rows(dim, components, random_runs(count, 1 + input.below(20), plain_of_8, random), kind, random);
+  StoredTable table = store(rows, kind, random);
   for (int64_t k = input.word<uint8_t>() % 4; k > 0; --k) {
     damage(input, table);
   }
@@ -283,6 +284,9 @@ void compare(const LookupResult& expected, const LookupResult& got, int64_t elem
 void look_up(Input& input) {
   const StoredTable stored = read_table(input);
   const FencedTable table(stored);
+  if (!table.admitted()) {
+    return;
+  }
   const LookupInputs inputs = read_inputs(input, table.view());
   FencedLookup lookup(inputs);
   const int64_t bags = static_cast<int64_t>(inputs.offsets.size()) - 1;

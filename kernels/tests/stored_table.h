@@ -12,6 +12,7 @@
 #include "fenced_buffer.h"
 #include "packed_tables.h"
 #include "random_source.h"
+#include "wavelet_splits.h"
 
 namespace torchrec_mpe {
 
@@ -177,6 +178,8 @@ inline StoredTable store(const Rows& rows, Directory kind, Random& random) {
     case Directory::BitmapNibble:
       store_nibbles(table, rows, store_bitmap(table, rows));
       break;
+    case Directory::Wavelet:  // of coded tables
+      break;
   }
   table.weights.resize(table.weights.size() + kEndPadding);
   for (int bits = 0; bits <= kMaxBits; ++bits) {
@@ -210,6 +213,8 @@ class FencedTable {
     view_.blocks = (table.dim + 7) / 8;
     view_.kind = table.kind;
     view_.directory = directory_.data();
+    admitted_ = table.kind != Directory::Wavelet ||
+                take_splits(view_, static_cast<int64_t>(table.directory.size()) / kLineBytes);
     view_.nibbles = directory_.data() + bitmap;
     view_.nibble_lines = has_nibbles ? (static_cast<int64_t>(directory_.size()) - bitmap) / kLineBytes : 0;
     view_.runs = runs_.data();
@@ -228,6 +233,11 @@ class FencedTable {
     return view_;
   }
 
+  // Whether the binding takes it.
+  bool admitted() const {
+    return admitted_;
+  }
+
  private:
   FencedBuffer<uint8_t> weights_;
   FencedBuffer<uint8_t> directory_;
@@ -239,6 +249,7 @@ class FencedTable {
   FencedBuffer<uint16_t> levels_;
   FencedBuffer<float> basis_;
   PackedTable view_{};
+  bool admitted_ = true;
 };
 
 }  // namespace torchrec_mpe

@@ -29,7 +29,7 @@ def examples() -> tuple[list[tuple[str, str]], dict[str, Any]]:
 
 
 def test_examples_print_what_is_shown(examples: tuple[list[tuple[str, str]], dict[str, Any]]) -> None:
-    assert len(examples[0]) == PAGE.read_text().count("```python") == 6
+    assert len(examples[0]) == PAGE.read_text().count("```python") == 7
     for shown, printed in examples[0]:
         assert printed == shown
 

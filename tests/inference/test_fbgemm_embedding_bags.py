@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torchrec.fx import Tracer
 
 from tests.packing.random_codings import coded_collection
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.inference.fbgemm_embedding_bags import FbgemmTableBatchedEmbeddingBags
 from torchrec_mpe.inference.fbgemm_rows import fbgemm_rows, realigned
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.packed_tables import PackedTables
 
-KINDS = list(Directory)
 DIMS = [8, 5, 16, 20, 3]
 FEATURES = [4, 0, 0, 2, 1, 3, 0]  # tables with none to three features, not in order, not side by side
 

@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTable
 from torch import Tensor
 
 from tests.ops.every_backend import ALL, on
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
@@ -46,7 +46,7 @@ def lookup(packed: PackedTables, indices: Tensor, mode: int, pooling: int = 0, w
     ).double()
 
 
-@pytest.mark.parametrize("kind", list(Directory))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", [BoundsCheckMode.WARNING, BoundsCheckMode.IGNORE])
 def test_bad_ids_read_row_0_and_are_counted(kind: Directory, mode: BoundsCheckMode) -> None:
     packed, dense = random_tables(int(kind), [DIM], [kind])
@@ -67,7 +67,7 @@ def test_bad_ids_read_row_0_and_are_counted(kind: Directory, mode: BoundsCheckMo
     assert warning - 7 == theirs == (3 if mode == BoundsCheckMode.WARNING else 0)
 
 
-@pytest.mark.parametrize("kind", list(Directory))
+@pytest.mark.parametrize("kind", KINDS)
 def test_fatal_names_the_first_bad_id(kind: Directory) -> None:
     packed, dense = random_tables(int(kind), [DIM], [kind])
     rows = len(dense[0])

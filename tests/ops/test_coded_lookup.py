@@ -76,7 +76,7 @@ def check(packed: PackedTables, longest: int, weighted: bool, wide: bool, g: tor
             st.sampled_from(DIMS),
             st.sampled_from([0, 1, 2, 4, 8, 16]),
             st.one_of(st.integers(1, 3), st.integers(4, 400)),
-            st.sampled_from(["ranked", "remap", "uncoded"]),
+            st.sampled_from(["ranked", "remap", "wavelet", "uncoded"]),
         ),
         min_size=1,
         max_size=3,
@@ -94,7 +94,11 @@ def test_equals_the_reference(
         [
             uncoded(f"t{t}", rows, dim, g)
             if kind == "uncoded"
-            else coded_table(f"t{t}", *random_coding(seed + t, rows, dim, min(components, dim), remap=kind == "remap"))
+            else coded_table(
+                f"t{t}",
+                *random_coding(seed + t, rows, dim, min(components, dim), remap=kind != "ranked"),
+                directory="remap" if kind == "remap" else "auto",
+            )
             for t, (dim, components, rows, kind) in enumerate(tables)
         ]
     )

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.every_backend import ALL, CPU, FAST, on
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.ops import library
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
 from torchrec_mpe.packing.packed_tables import PackedTables
-
-KINDS = list(Directory)
 
 
 def lookup(

@@ -1,6 +1,6 @@
 """Coded tables whose rows are made from random codes, so that they owe nothing to encoding or packing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -73,15 +73,25 @@ def random_coding(
     return coding, values if order is None else values[order.long()]
 
 
-def coded_table(name: str, coding: TableCoding, values: Tensor, piece: int = 1 << 20) -> CodedTableToPack:
+def coded_table(
+    name: str, coding: TableCoding, values: Tensor, piece: int = 1 << 20, directory: str = "auto"
+) -> CodedTableToPack:
     """The table of these rows, read in pieces."""
-    return CodedTableToPack(
-        name, coding, lambda: ((k, values[k : k + piece].float()) for k in range(0, len(values), piece))
-    )
+
+    def pieces() -> Iterator[tuple[int, Tensor]]:
+        return ((k, values[k : k + piece].float()) for k in range(0, len(values), piece))
+
+    return CodedTableToPack(name, coding, pieces, directory=directory)
 
 
 def coded_collection(
-    seed: int, dims: Sequence[int], components: Sequence[int | None], *, rows: int = 200, remap: bool = False
+    seed: int,
+    dims: Sequence[int],
+    components: Sequence[int | None],
+    *,
+    rows: int = 200,
+    remap: bool = False,
+    directory: str = "auto",
 ) -> tuple[PackedTables, list[Tensor]]:
     """One table for each pair of ``dims`` and ``components``, on the CPU.
 
@@ -91,6 +101,7 @@ def coded_collection(
         components (Sequence[Optional[int]]): K of each, at most D; None: it is not coded, of random widths.
         rows (int): of each table.
         remap (bool): ids of coded tables are in an order of their own.
+        directory (str): of coded tables.
 
     Returns:
         tuple[PackedTables, list[Tensor]]: tables "t0", "t1", ... and float64 [rows, D] what each decodes to.
@@ -101,7 +112,7 @@ def coded_collection(
     for t, (dim, count) in enumerate(zip(dims, components, strict=True)):
         if count is not None:
             coding, values = random_coding(seed + t, rows, dim, min(count, dim), remap=remap)
-            tables.append(coded_table(f"t{t}", coding, values))
+            tables.append(coded_table(f"t{t}", coding, values, directory=directory))
             dense.append(values)
             continue
         bits = torch.randint(1, 9, (2,), generator=generator).tolist()

@@ -21,6 +21,9 @@ _CHOICE = {
     Directory.BITMAP_NIBBLE: "bitmap",
 }
 
+KINDS = tuple(_CHOICE)
+"""Directories of tables that are not coded."""
+
 
 def random_tables(
     seed: int,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from tests.packing.test_packing import any_widths, to_pack
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.packed_embedding_bag import packed_embedding_bag
@@ -19,7 +19,6 @@ from torchrec_mpe.packing.size import packed_bytes, size_report
 from torchrec_mpe.packing.validate import validate_packed_tables
 
 DIMS = (1, 5, 8, 16, 20, 64, 129)
-KINDS = tuple(Directory)
 
 
 def reversed_ranks(rows: int) -> torch.Tensor:
@@ -170,7 +169,8 @@ def test_choices_that_cannot_store_the_widths() -> None:
         (mapped, "ranked", "table t cannot have a ranked directory, its ids are not .*: choose auto or one of remap"),
         (ranked, "remap", "table t cannot have a remap directory, .* need no remap: choose auto or one of ranked"),
         (ranked, "bitmap", "table t cannot have a bitmap directory, it has several bit-widths"),
-        (ranked, "hash", "table t: directory must be one of auto, ranked, remap, nibble, bitmap, got 'hash'"),
+        (mapped, "wavelet", "table t cannot have a wavelet directory, it is not transform-coded: choose auto"),
+        (ranked, "hash", "table t: directory must be one of auto, ranked, remap, nibble, bitmap, wavelet, got 'hash'"),
     ):
         with pytest.raises(ValueError, match=message):
             pack_tables([to_pack("t", widths, directory=directory)])

@@ -96,18 +96,27 @@ def test_bytes_are_all_counted() -> None:
     seed=st.integers(0, 10**6),
     dim=st.sampled_from([1, 3, 8, 16, 33, 64, 128, 256]),
     components=st.sampled_from([0, 1, 2, 4, 5, 8, 16]),
-    rows=st.one_of(st.integers(1, 3), st.integers(1, 120)),
-    remap=st.booleans(),
+    rows=st.one_of(st.integers(1, 3), st.integers(1, 120), st.integers(500, 1500)),
+    directory=st.sampled_from(["ranked", "remap", "auto"]),
     piece=st.sampled_from([1, 7, 1000]),
 )
-def test_every_row_comes_back(seed: int, dim: int, components: int, rows: int, remap: bool, piece: int) -> None:
-    coding, values = random_coding(seed, rows, dim, min(components, dim), remap=remap)
-    packed = pack_tables([coded_table("t", coding, values, piece)])
+def test_every_row_comes_back(seed: int, dim: int, components: int, rows: int, directory: str, piece: int) -> None:
+    piece = max(piece, rows // 20)
+    coding, values = random_coding(seed, rows, dim, min(components, dim), remap=directory != "ranked")
+    packed = pack_tables([coded_table("t", coding, values, piece, directory)])
     validate_packed_tables(packed)
-    assert size_report(packed).total == packed_bytes({"t": coding}).total == packed.nbytes
+    assert size_report(packed) == packed_bytes({"t": coding}, directory=directory)
+    assert size_report(packed).total == packed.nbytes
     assert torch.equal(read_all(packed, 0), values)
-    kind = Directory.REMAP if remap else Directory.RANKED
-    assert packed.directory_kinds.tolist() == [kind] and packed.layouts()[0].directory == kind
+    [kind] = packed.directory_kinds.tolist()
+    assert packed.layouts()[0].directory == kind
+    if directory == "auto":
+        ids_are_ranks = pack_tables([coded_table("t", dataclasses.replace(coding, order=None), values)])
+        groups, payload = len(coding.groups), size_report(ids_are_ranks).payload
+        assert (kind == Directory.RANKED) == (groups == 1) and size_report(packed).payload == payload
+        assert size_report(packed).total <= packed_bytes({"t": coding}, directory="remap").total
+    else:
+        assert kind == (Directory.REMAP if directory == "remap" else Directory.RANKED)
 
 
 def test_coded_and_plain_tables_side_by_side() -> None:

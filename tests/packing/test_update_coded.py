@@ -131,7 +131,7 @@ def test_no_row_leaves_its_table_where_the_directory_is_damaged(word: int) -> No
     coding = TableCoding(
         40, 8, (0, 40), (PlainRows(4, 1.0),), torch.eye(8)[:2].half(), torch.eye(8)[:, :1].contiguous(), None, order
     )
-    packed = pack_tables([coded_table("t", coding, torch.zeros(40, 8), 40)])
+    packed = pack_tables([coded_table("t", coding, torch.zeros(40, 8), 40, "remap")])
     before = packed.weights.clone()
     packed.directory[:160].view(torch.int32)[7] = word
     with pytest.raises(ValueError, match="table t: the table's directory or runs lead outside its rows"):

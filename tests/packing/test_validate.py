@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tests.packing.test_packing import to_pack
-from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.pack import pack_tables
 from torchrec_mpe.packing.packed_tables import PackedTables
@@ -34,7 +33,7 @@ def tables() -> PackedTables:
             for k, (directory, (bounds, bits)) in enumerate(chosen)
         ]
     )
-    assert packed.directory_kinds.tolist() == list(Directory)
+    assert packed.directory_kinds.tolist() == [RANKED, REMAP, NIBBLE, BITMAP, BOTH]
     return packed
 
 
@@ -73,7 +72,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no end padding": (shorten("weights", 64), "table t4"),
     "hardly any weights": (lambda t: t.update(weights=t["weights"][:10].clone()), "weights must end with 64 bytes"),
     "rows": (set_in("rows_per_table", 0, 501), "table t0: rows_per_table says 501"),
-    "kind": (set_in("directory_kinds", 2, 5), "table t2: there is no directory kind 5"),
+    "kind": (set_in("directory_kinds", 2, 6), "table t2: there is no directory kind 6"),
+    "coded kind": (set_in("directory_kinds", REMAP, 5), "table t1: a table that is not coded cannot have a WAVELET"),
     "negative kind": (set_in("directory_kinds", 2, -1), "table t2: there is no directory kind -1"),
     "another kind": (set_in("directory_kinds", NIBBLE, BOTH), "table t2"),
     "ranked with lines": (set_in("directory_kinds", REMAP, RANKED), "table t1: RANKED does not go with"),
@@ -168,7 +168,7 @@ def test_any_changed_byte_of_a_directory_is_refused_or_harmless(lines: int, monk
         except ValueError:
             refused += 1
             continue
-        for t in range(len(Directory)):
+        for t in range(len(packed.tables)):
             located = changed.locate(t, torch.arange(500))
             first, bits = located.starts >> 3, located.coding
             assert ((first >= 0) & (first + bits <= sizes[t]))[bits > 0].all()

@@ -13,6 +13,7 @@ from torchrec_mpe.coding.owned_rows import TableToCode
 from torchrec_mpe.coding.sample import sample_rows
 from torchrec_mpe.coding.size import LEVEL_BYTES, CodedRun, TableRuns
 from torchrec_mpe.coding.transform import fit_transform
+from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES
 from torchrec_mpe.ops.reference.run_coding import COMPONENT_BLOCKS
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.layout import RUN_BYTES
@@ -253,13 +254,15 @@ class TableCandidates:
     def merge_groups(self, price: float, blocks: int) -> bool:
         """Join neighbouring groups whose metadata costs more than the error that one coding for both adds.
 
+        Metadata of a table whose ids are not ranks are also the bits of its directory that tell two groups apart.
+
         Returns:
             bool: whether there were any.
         """
         before = len(self.groups)
         while len(self.groups) > 1:
             own = self._best(self._costs, price).costs(blocks)
-            apart = own[:-1] + own[1:]
+            apart = own[:-1] + own[1:] + price * self._parting_bytes()
             worth = self._best(self._costs.pairs(), price).costs(blocks) < apart
             pairs = torch.nonzero(worth).flatten().tolist()
             if not pairs:
@@ -276,6 +279,14 @@ class TableCandidates:
             kept = [g for k, g in enumerate(self.groups) if k not in merged and k - 1 not in merged]
             self._set_groups(sorted([*kept, *merged.values()], key=lambda g: g.first))
         return len(self.groups) < before
+
+    def _parting_bytes(self) -> Tensor:
+        """Bytes that a wavelet directory takes to tell each group's rows from the next one's, float64 [G - 1]."""
+        if self.order is None:
+            return torch.zeros(len(self.groups) - 1, dtype=torch.float64)
+        low, high = self._costs.rows[:-1], self._costs.rows[1:]
+        bits = low * ((low + high) / low).log2() + high * ((low + high) / high).log2()
+        return bits * LINE_BYTES / BITMAP_ROWS
 
     def runs(self, choice: TableChoice) -> TableRuns:
         """What the bytes of a choice depend on."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchrec_mpe.packing.layout import CODED_ALIGNMENT, END_PADDING, RUN_BYTES, aligned, run_alignment
-from torchrec_mpe.precision.frequency_order import is_in_frequency_order
+from torchrec_mpe.packing.wavelet_splits import choose_splits, remap_bytes, wavelet_bytes
 
 LEVEL_BYTES = 2
 """A bfloat16."""
@@ -46,7 +46,7 @@ class TableRuns:
         num_embeddings (int): rows.
         embedding_dim (int): D.
         components (int): K.
-        remapped (bool): whether ids are not ranks: an int32 a row.
+        remapped (bool): whether ids are not in the frequency order: a directory leads from them to ranks.
         zero_row (bool): whether it stores what rows of 0 bits read, float32 [D].
     """
 
@@ -81,7 +81,10 @@ class TableRuns:
         """All bytes but those of rows."""
         levels = sum(run.levels for run in self.runs)
         basis = 2 * (self.components + 1) * self.embedding_dim
-        directory = aligned(4 * self.num_embeddings) if self.remapped else 0
+        directory = 0
+        if self.remapped and len(self.runs) > 1:
+            splits = choose_splits(tuple(run.rows for run in self.runs))
+            directory = wavelet_bytes(splits) if splits else remap_bytes(self.num_embeddings)
         zero_row = 4 * self.embedding_dim if self.zero_row else 0
         return _TABLE_BYTES + RUN_BYTES * len(self.runs) + LEVEL_BYTES * levels + basis + zero_row + directory
 
@@ -99,7 +102,7 @@ def smallest_bytes(counts: Mapping[str, Tensor], dims: Mapping[str, int]) -> int
             len(of_rows),
             dims[table],
             components=0,
-            remapped=not is_in_frequency_order(of_rows),
+            remapped=False,  # all rows are of one group
             zero_row=True,
         )
         for table, of_rows in counts.items()

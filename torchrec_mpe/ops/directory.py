@@ -11,6 +11,12 @@ NIBBLE_ROWS = 120
 BITMAP_ROWS = 448
 """Rows that one line of a bitmap directory covers."""
 
+SPLIT_BYTES = 32
+"""Bytes of a split of a wavelet directory: 8 int32."""
+
+MAX_SPLITS = 64
+"""Splits of a wavelet directory at most."""
+
 
 class Directory(enum.IntEnum):
     """How a table's ids find their rows. The values are those of ``PackedTables.directory_kinds``.
@@ -40,6 +46,21 @@ class Directory(enum.IntEnum):
 
         BITMAP_NIBBLE: the lines of BITMAP followed by those of NIBBLE over the kept ranks: for tables that are mostly
             0 bits wide with several other widths. Without kept rows there are no nibble lines.
+
+        WAVELET: of coded tables: a wavelet tree over the runs, about as many bits a row as the entropy of the runs. A
+            split halves neighbouring stored ranks: it has the lines of a BITMAP for its rows, in which bit j is set if
+            row j has one of the lower ranks. Rows of either half are counted in the order of their ids and go on to
+            another split, to ranks in that order, or to an int32 each, their stored ranks. Splits come first, the root
+            at byte 0, each before those that it leads to, 32 bytes each and zeros up to 64::
+
+                byte     0           4          8          12         16        20         24           28           32
+                         | i32 first | i32 rows | i32 kept | i32 line | i32 set | i32 rest | i32 splits | i32 levels |
+
+            ``first`` is its lowest rank, ``rows`` the number of its rows, ``kept`` how many of them have their bit set:
+            ranks from ``first`` on, the others from ``first + kept`` on. ``line`` is its first line of 64 bytes,
+            counted from the root. ``set`` and ``rest`` say where rows of either half go on: a split's number; 0: ranks
+            in the order of ids; -n: to int32 ranks from line n on. The root has the number of splits, and how many of
+            them a row meets at most; the others have zeros there.
     """
 
     RANKED = 0
@@ -47,3 +68,4 @@ class Directory(enum.IntEnum):
     NIBBLE = 2
     BITMAP = 3
     BITMAP_NIBBLE = 4
+    WAVELET = 5

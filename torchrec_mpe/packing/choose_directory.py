@@ -6,9 +6,11 @@ from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.layout import CollectionLayout, TableLayout, lay_out_coded_table, lay_out_table
 from torchrec_mpe.packing.table_coding import TableCoding
+from torchrec_mpe.packing.wavelet_splits import choose_splits
 
-DIRECTORY_CHOICES = ("auto", "ranked", "remap", "nibble", "bitmap")
-"""What a caller can ask for. "bitmap" is BITMAP if the kept rows have one width, else BITMAP_NIBBLE."""
+DIRECTORY_CHOICES = ("auto", "ranked", "remap", "nibble", "bitmap", "wavelet")
+"""What a caller can ask for. "bitmap" is BITMAP if the kept rows have one width, else BITMAP_NIBBLE. Coded tables have
+"ranked", "remap" or "wavelet" directories, others all but "wavelet"."""
 
 _MAX_UNITS = 2**32 - 1  # a nibble line's base is a u32
 
@@ -56,6 +58,7 @@ def choose_directory(name: str, widths: TableBitWidths, directory: str = "auto")
         "remap": (Directory.REMAP,),
         "nibble": (Directory.NIBBLE,),
         "bitmap": (Directory.BITMAP, Directory.BITMAP_NIBBLE),
+        "wavelet": (),
     }[directory]
     for kind in kinds:
         if kind in feasible:
@@ -65,6 +68,7 @@ def choose_directory(name: str, widths: TableBitWidths, directory: str = "auto")
         "remap": "its ids are in frequency order and need no remap",
         "nibble": "its row starts do not fit into 32 bits",
         "bitmap": "it has several bit-widths, and no rows of 0 bits or row starts that do not fit into 32 bits",
+        "wavelet": "it is not transform-coded",
     }[directory]
     names = ", ".join(dict.fromkeys(kind.name.lower().removesuffix("_nibble") for kind in feasible))
     raise ValueError(f"table {name} cannot have a {directory} directory, {why}: choose auto or one of {names}")
@@ -97,14 +101,20 @@ def lay_out(
 
 
 def _directory_of_coded(name: str, coding: TableCoding, directory: str) -> TableLayout:
-    """The layout of a coded table: ranked where its ids are in the frequency order, else a remap."""
-    kind = Directory.RANKED if coding.order is None else Directory.REMAP
-    if directory not in ("auto", kind.name.lower()):
+    """The layout of a coded table: ranked where its ids are in the frequency order, else the smallest."""
+    kinds = [Directory.RANKED if coding.order is None else Directory.REMAP]
+    if coding.order is not None and len(coding.groups) == 1:
+        kinds.append(Directory.RANKED)
+    elif coding.order is not None and choose_splits(coding.run_rows):
+        kinds.append(Directory.WAVELET)
+    chosen = [kind for kind in kinds if directory in ("auto", kind.name.lower())]
+    if not chosen:
         raise ValueError(
-            f"table {name} is transform-coded with its ids {'in' if coding.order is None else 'not in'} the frequency "
-            f"order: its directory is {kind.name.lower()}, not {directory!r}"
+            f"table {name} is transform-coded in {len(coding.groups)} groups with its ids "
+            f"{'in' if coding.order is None else 'not in'} the frequency order: its directory is "
+            f"{' or '.join(kind.name.lower() for kind in kinds)}, not {directory!r}"
         )
-    return lay_out_coded_table(name, coding, kind)
+    return lay_out_coded_table(name, coding, chosen[-1])
 
 
 def directory_by_table(tables: list[str], directory: str | Mapping[str, str]) -> dict[str, str]:

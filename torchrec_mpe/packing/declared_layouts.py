@@ -7,6 +7,7 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import kept_rows
 from torchrec_mpe.packing.layout import Run, TableLayout
 from torchrec_mpe.packing.packed_tables import PackedTables
+from torchrec_mpe.packing.wavelet_splits import splits_of_table
 
 _BITMAPS = (Directory.BITMAP, Directory.BITMAP_NIBBLE)
 _WITHOUT_RUNS = (Directory.NIBBLE, Directory.BITMAP_NIBBLE)
@@ -50,5 +51,7 @@ def declared_layouts(packed: PackedTables, rows_per_width: Sequence[Sequence[int
                 f"{list(declared)}"
             )
         shape = (table.name, rows, table.embedding_dim)
-        layouts.append(TableLayout(*shape, kind, tuple(declared), runs, packed.components_of(t)))
+        is_wavelet = kind == Directory.WAVELET
+        splits = splits_of_table(packed.directory[offsets[t] :], rows, table.name) if is_wavelet else ()
+        layouts.append(TableLayout(*shape, kind, tuple(declared), runs, packed.components_of(t), splits))
     return tuple(layouts)

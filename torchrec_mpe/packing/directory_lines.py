@@ -25,7 +25,7 @@ def write_directory(widths: TableBitWidths, layout: TableLayout, out: Tensor) ->
         assert widths.order is not None
         _write_remap(widths, widths.order, out.view(torch.int32))
     if layout.directory in (Directory.BITMAP, Directory.BITMAP_NIBBLE):
-        _write_bitmap(_chunks_of_bits(widths), out[: layout.bitmap_bytes].view(-1, LINE_BYTES))
+        write_bitmap(_chunks_of_bits(widths), out[: layout.bitmap_bytes].view(-1, LINE_BYTES))
     if layout.directory == Directory.NIBBLE:
         _write_nibbles(_chunks_of_bits(widths), out.view(-1, LINE_BYTES))
     if layout.directory == Directory.BITMAP_NIBBLE:
@@ -71,7 +71,8 @@ def _write_nibbles(chunks: Iterable[Tensor], lines: Tensor) -> None:
         line, base = line + len(bits), int(ends[-1])
 
 
-def _write_bitmap(chunks: Iterable[Tensor], lines: Tensor) -> None:
+def write_bitmap(chunks: Iterable[Tensor], lines: Tensor) -> None:
+    """Write lines in which the bits of rows are set that are not 0 in ``chunks``, uint8."""
     line, rank = 0, 0
     place = torch.arange(8, dtype=torch.uint8)
     for bits in _in_lines(chunks, BITMAP_ROWS):

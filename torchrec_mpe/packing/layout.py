@@ -6,8 +6,10 @@ from itertools import accumulate
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
 from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.ops.reference.run_coding import TRANSFORMED, level_count
+from torchrec_mpe.ops.reference.wavelet_ranks import Split
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
+from torchrec_mpe.packing.wavelet_splits import choose_splits, wavelet_bytes
 
 ALIGNMENT = 64
 """Bytes to whose multiple tables, runs and directories are aligned: a cache line, and the widest vector load."""
@@ -101,6 +103,7 @@ class TableLayout:
         rows_per_width (tuple[int, ...]): plain rows of each bit-width, 9 numbers; all others are transformed.
         runs (tuple[Run, ...]): in rank order; none with NIBBLE and BITMAP_NIBBLE, and with BITMAP the kept rows'.
         components (Optional[int]): K of a coded table; None: it is not coded.
+        splits (tuple[Split, ...]): of WAVELET, the root first.
     """
 
     name: str
@@ -110,6 +113,7 @@ class TableLayout:
     rows_per_width: tuple[int, ...]
     runs: tuple[Run, ...]
     components: int | None = None
+    splits: tuple[Split, ...] = ()
 
     @property
     def has_zero_bits(self) -> bool:
@@ -179,6 +183,8 @@ class TableLayout:
                 return self.bitmap_bytes
             case Directory.BITMAP_NIBBLE:
                 return self.bitmap_bytes + -(-self.kept_rows // NIBBLE_ROWS) * LINE_BYTES
+            case Directory.WAVELET:
+                return wavelet_bytes(self.splits)
 
     @property
     def total_bytes(self) -> int:
@@ -275,8 +281,9 @@ def lay_out_coded_table(name: str, coding: TableCoding, directory: Directory) ->
     rows, dim = coding.num_embeddings, coding.embedding_dim
     if rows > MAX_ROWS:
         raise ValueError(f"table {name}: {rows} rows are more than the format's {MAX_ROWS}")
-    if directory not in (Directory.RANKED, Directory.REMAP):
-        raise ValueError(f"table {name}: a coded table has a ranked or a remap directory, not {directory.name.lower()}")
+    splits = choose_splits(coding.run_rows) if directory == Directory.WAVELET else ()
+    if directory not in (Directory.RANKED, Directory.REMAP) and not splits:
+        raise ValueError(f"table {name}: a coded table like this cannot have a {directory.name.lower()} directory")
     runs: list[Run] = []
     rows_per_width = [0] * (MAX_BITS + 1)
     end = 0
@@ -291,7 +298,7 @@ def lay_out_coded_table(name: str, coding: TableCoding, directory: Directory) ->
         run = Run(first, stop - first, group.record_coding, size, base)
         end = run.base + run.rows * size if size else end
         runs.append(run)
-    return TableLayout(name, rows, dim, directory, tuple(rows_per_width), tuple(runs), coding.components)
+    return TableLayout(name, rows, dim, directory, tuple(rows_per_width), tuple(runs), coding.components, splits)
 
 
 def stored_runs(widths: TableBitWidths, directory: Directory) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
 from torchrec_mpe.packing.choose_directory import lay_out
 from torchrec_mpe.packing.directory_lines import row_bits, write_directory
 from torchrec_mpe.packing.layout import CollectionLayout, Run, TableLayout
-from torchrec_mpe.packing.pack_coded import CodedTableToPack, coding_tensors, pack_coded_rows_
+from torchrec_mpe.packing.pack_coded import CodedTableToPack, coding_tensors, pack_coded_rows_, write_coded_directory
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
 from torchrec_mpe.packing.table_coding import TableCoding
 
@@ -91,10 +91,8 @@ def pack_tables(tables: Sequence[TableToPack | CodedTableToPack]) -> PackedTable
         table_directory = directory[max(directory_start, 0) :][: table_layout.directory_bytes]
         table_weights = weights[start : start + table_layout.end]
         if isinstance(table, CodedTableToPack):
-            if table_layout.directory == Directory.REMAP:
-                assert table.coding.order is not None
-                table_directory.view(torch.int32).copy_(table.coding.order)
-            pack_coded_rows_(table, table_layout, table_weights)
+            ranks = write_coded_directory(table.coding, table_layout, table_directory)
+            pack_coded_rows_(table, table_layout, ranks, table_weights)
             continue
         write_directory(table.widths, table_layout, table_directory)
         match table_layout.directory:

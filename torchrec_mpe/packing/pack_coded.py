@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.bitpack import pack_codes
 from torchrec_mpe.ops.reference.component_codes import write_codes_
 from torchrec_mpe.packing.encode import encode
 from torchrec_mpe.packing.layout import TableLayout
 from torchrec_mpe.packing.packed_tables import int32_tensor
 from torchrec_mpe.packing.table_coding import PlainRows, TableCoding
+from torchrec_mpe.packing.wavelet_lines import stored_ranks, write_wavelet
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class CodedTableToPack:
             of the first row, and float32 [n, D], on any device. Rows that all processes leave out have codes of 0.
         sum_over_ranks (Optional[Callable[[Tensor], Tensor]]): the sum of a uint8 tensor over the processes that each
             have a part of the rows; every one of them calls :func:`pack_tables`. None: this one has all rows.
-        directory (str): "ranked", "remap", or "auto": ranked, where ids are in the frequency order.
+        directory (str): "ranked", "remap", "wavelet", or "auto": ranked where ids are in the frequency order or all
+            rows are of one group, else the smallest.
     """
 
     name: str
@@ -35,8 +38,27 @@ class CodedTableToPack:
     directory: str = "auto"
 
 
-def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tensor) -> None:
+def write_coded_directory(coding: TableCoding, layout: TableLayout, out: Tensor) -> Tensor | None:
+    """Write a coded table's part of the directory, zeros of ``layout.directory_bytes``.
+
+    Returns:
+        Optional[Tensor]: int32 [num_embeddings], the stored rank of each row; None: ids.
+    """
+    if layout.directory == Directory.RANKED:
+        return None
+    assert coding.order is not None
+    if layout.directory == Directory.REMAP:
+        out.view(torch.int32).copy_(coding.order)
+        return coding.order
+    ranks = stored_ranks(coding)
+    write_wavelet(ranks, layout.splits, out)
+    return ranks
+
+
+def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, ranks: Tensor | None, weights: Tensor) -> None:
     """Encode a table's rows into its part of the weights, zeros of ``layout.end`` bytes.
+
+    ``ranks`` are those of :func:`write_coded_directory`.
 
     Raises:
         ValueError: naming the table, if rows have another shape or dtype, or those with bits hold NaN or infinity.
@@ -50,7 +72,7 @@ def pack_coded_rows_(table: CodedTableToPack, layout: TableLayout, weights: Tens
                 f"table {table.name}: rows from {first} on must be float32 [n, {coding.embedding_dim}] of its "
                 f"{coding.num_embeddings} rows, got {rows.dtype} {list(rows.shape)}"
             )
-        places = torch.arange(first, stop) if coding.order is None else coding.order[first:stop].cpu().long()
+        places = torch.arange(first, stop) if ranks is None else ranks[first:stop].cpu().long()
         groups = torch.searchsorted(bounds, places, right=True)
         for g in groups.unique().tolist():
             group, run = coding.groups[g], layout.runs[g]

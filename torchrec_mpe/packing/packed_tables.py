@@ -12,6 +12,7 @@ from torchrec_mpe.ops.reference.locate import Located, locate
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import count_widths, kept_rows
 from torchrec_mpe.packing.layout import Run, TableLayout
+from torchrec_mpe.packing.wavelet_splits import splits_of_table
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,11 @@ class PackedTables:
     """T packed tables in table-batched form: what the op ``packed_embedding_bag`` reads, and every stored byte.
 
     All rows lie in one buffer, as in FBGEMM's table-batched embedding (TBE). An id of table t finds its row by the
-    table's directory, :class:`torchrec_mpe.ops.directory.Directory`. RANKED, REMAP and BITMAP end in a rank::
+    table's directory, :class:`torchrec_mpe.ops.directory.Directory`. All but NIBBLE and BITMAP_NIBBLE end
+    in a rank::
 
-        rank = id (RANKED), its int32 in the directory (REMAP), or its kept rank (BITMAP; a cleared bit: 0 bits)
+        rank = id (RANKED), its int32 in the directory (REMAP), its kept rank (BITMAP; a cleared bit: 0 bits), or where
+               a tree of bitmaps leads (WAVELET)
         run  = last k in [run_offsets[t], run_offsets[t + 1]) with run_starts[k] <= rank
         {offset, row_bits, coding} = run_records[run]
         row  = the row_bits bits from bit offset + rank * row_bits of the table on, which starts at weights_offsets[t]
@@ -125,7 +128,8 @@ class PackedTables:
             if has_bitmap:
                 rows_per_width[0] = rows - kept
             shape = (table.name, rows, table.embedding_dim)
-            layouts.append(TableLayout(*shape, kind, tuple(rows_per_width), runs, self.components_of(t)))
+            splits = splits_of_table(lines, rows, table.name) if kind == Directory.WAVELET else ()
+            layouts.append(TableLayout(*shape, kind, tuple(rows_per_width), runs, self.components_of(t), splits))
         return tuple(layouts)
 
     def components_of(self, t: int) -> int | None:

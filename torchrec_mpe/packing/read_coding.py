@@ -5,8 +5,11 @@ from torch import Tensor
 
 from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.ops.reference.run_coding import block_bits, level_count
+from torchrec_mpe.ops.reference.wavelet_ranks import wavelet_ranks
 from torchrec_mpe.packing.packed_tables import PackedTables
 from torchrec_mpe.packing.table_coding import PlainRows, RowCoding, TableCoding, TransformedRows
+
+_CHUNK_ROWS = 1 << 14
 
 
 def coding_of_table(
@@ -38,10 +41,7 @@ def coding_of_table(
         else:
             groups.append(PlainRows(run.bits, *levels))
     basis, zero = packed.basis(t), int(packed.zero_row_offsets[t])
-    order = None
-    if ordered and int(packed.directory_kinds[t]) == Directory.REMAP:
-        start = int(packed.directory_offsets[t])
-        order = packed.directory[start : start + 4 * table.num_embeddings].view(torch.int32)
+    order = stored_order(packed, t) if ordered else None
     return TableCoding(
         table.num_embeddings,
         table.embedding_dim,
@@ -52,3 +52,16 @@ def coding_of_table(
         None if zero < 0 else packed.zero_rows[zero : zero + table.embedding_dim],
         order,
     )
+
+
+def stored_order(packed: PackedTables, t: int) -> Tensor | None:
+    """The stored rank of each row of a coded table, int32 [num_embeddings]; None: ids are it."""
+    rows, start = packed.tables[t].num_embeddings, int(packed.directory_offsets[t])
+    directory = packed.directory[start:]
+    match Directory(int(packed.directory_kinds[t])):
+        case Directory.REMAP:
+            return directory[: 4 * rows].view(torch.int32)
+        case Directory.WAVELET:
+            ids = torch.arange(rows).split(_CHUNK_ROWS)
+            return torch.cat([wavelet_ranks(chunk, directory).int() for chunk in ids])
+    return None

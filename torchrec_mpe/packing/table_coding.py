@@ -1,6 +1,7 @@
 """How the rows of a transform-coded table are coded: groups of neighbouring places, each plain or transformed."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -151,6 +152,11 @@ class TableCoding:
     def components(self) -> int:
         """K."""
         return len(self.basis) - 1
+
+    @property
+    def run_rows(self) -> tuple[int, ...]:
+        """Rows of each group."""
+        return tuple(stop - first for first, stop in pairwise(self.bounds))
 
     @property
     def mean(self) -> Tensor:

@@ -132,8 +132,9 @@ def _check_runs_of_tables(packed: PackedTables) -> None:
         if not fits:
             raise ValueError(f"table {table.name}: a {kind.name} directory has {wanted}, not {runs}")
         coded = packed.components_of(t) is not None
-        if coded and kind not in (Directory.RANKED, Directory.REMAP):
-            raise ValueError(f"table {table.name}: a coded table cannot have a {kind.name} directory")
+        if kind not in (Directory.RANKED, Directory.REMAP) and coded != (kind == Directory.WAVELET):
+            what = "a coded table" if coded else "a table that is not coded"
+            raise ValueError(f"table {table.name}: {what} cannot have a {kind.name} directory")
         for coding in (packed.run_records[offsets[t] : offsets[t + 1], 1] >> 32 & 0xFFFFFFFF).tolist():
             widths = list(block_bits(coding)) if coded and coding & TRANSFORMED else [coding]
             rest = (coding & ~TRANSFORMED) >> 4 * len(COMPONENT_BLOCKS) if len(widths) > 1 else 0
@@ -176,6 +177,7 @@ def _check_directory_offsets(packed: PackedTables) -> list[int]:
         bitmap = kind in (Directory.BITMAP, Directory.BITMAP_NIBBLE)
         # What reading a layout needs; the rest is checked against the layout.
         least = -(-table.num_embeddings // BITMAP_ROWS) * LINE_BYTES if bitmap else 0
+        least = LINE_BYTES if kind == Directory.WAVELET else least
         if offset % ALIGNMENT or not offset + least <= end <= packed.directory.numel():
             raise ValueError(
                 f"table {table.name}: its directory lies at bytes {offset} to {end}, which must be {ALIGNMENT}-byte "

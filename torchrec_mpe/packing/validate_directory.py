@@ -1,13 +1,17 @@
 """Checks that the lines and remaps of packed tables lead to rows that are there."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.ops.reference.wavelet_ranks import Split
 from torchrec_mpe.packing.bit_widths import MAX_BITS
 from torchrec_mpe.packing.directory_lines import set_bits
 from torchrec_mpe.packing.layout import TableLayout
 from torchrec_mpe.packing.order_segments import is_permutation
+from torchrec_mpe.packing.wavelet_splits import bitmap_bytes, remap_bytes
 
 _CHUNK_LINES = 1 << 14
 
@@ -32,13 +36,16 @@ def validate_directory(layout: TableLayout, part: Tensor) -> None:
             raise ValueError(f"table {name}: remap must be a permutation of its {remap.numel()} rows")
     if layout.directory in (Directory.BITMAP, Directory.BITMAP_NIBBLE):
         _check_bitmap(lines[: layout.bitmap_bytes].view(-1, LINE_BYTES), layout.num_embeddings, name)
+    if layout.directory == Directory.WAVELET:
+        _check_wavelet(lines, layout.splits, name)
     if layout.directory == Directory.NIBBLE:
         _check_nibbles(lines.view(-1, LINE_BYTES), layout.num_embeddings, 0, name)
     if layout.directory == Directory.BITMAP_NIBBLE:
         _check_nibbles(lines[layout.bitmap_bytes :].view(-1, LINE_BYTES), layout.kept_rows, 1, name)
 
 
-def _check_bitmap(lines: Tensor, rows: int, name: str) -> None:
+def _check_bitmap(lines: Tensor, rows: int, name: str) -> int:
+    """Check a bitmap's lines; returns the number of set bits."""
     rank = 0
     for start in range(0, len(lines), _CHUNK_LINES):
         chunk = lines[start : start + _CHUNK_LINES]
@@ -51,6 +58,26 @@ def _check_bitmap(lines: Tensor, rows: int, name: str) -> None:
     unused = (last.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=last.device) & 1).flatten()[used:]
     if bool(unused.any()):
         raise ValueError(f"table {name}: the bitmap has bits after row {rows - 1}")
+    return rank
+
+
+def _check_wavelet(lines: Tensor, splits: Sequence[Split], name: str) -> None:
+    """Check the bitmaps and ranks of splits that follow from each other."""
+    records = lines[: splits[0].line * LINE_BYTES].view(torch.int32)
+    unused = torch.cat([records[: 8 * len(splits)].view(-1, 8)[1:, 6:].flatten(), records[8 * len(splits) :]])
+    if bool(unused.any()):
+        raise ValueError(f"table {name}: what splits of its directory do not use must be zero")
+    of_lines = lines.view(-1, LINE_BYTES)
+    for k, split in enumerate(splits):
+        bitmap = of_lines[split.line : split.line + bitmap_bytes(split.rows) // LINE_BYTES]
+        kept = _check_bitmap(bitmap, split.rows, name)
+        if kept != split.kept:
+            raise ValueError(f"table {name}: split {k} of its directory keeps {kept} rows, not {split.kept}")
+        for first, rows, there in split.halves:
+            if there < 0:
+                words = of_lines[-there : -there + remap_bytes(rows) // LINE_BYTES].flatten().view(torch.int32)
+                if not is_permutation(words[:rows] - first) or bool(words[rows:].any()):
+                    raise ValueError(f"table {name}: the ranks from {first} on must be {rows} in its directory")
 
 
 def _check_nibbles(lines: Tensor, rows: int, low: int, name: str) -> None:

@@ -9,9 +9,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mpe as mpe
 from tests.packing.random_codings import coded_collection
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.distributed.planner.packed_placement import PackedShard
-from torchrec_mpe.ops.directory import Directory
 
 DIMS = [4, 8, 13, 16, 4]
 FEATURES = [["f0", "f1"], ["f1"], ["f2"], ["f3"], ["f4", "f2"]]
@@ -31,7 +30,7 @@ def collection(
     if coded:
         packed, dense = coded_collection(seed, DIMS, [4, 8, None, 16, 2], remap=seed % 2 == 1)
     else:
-        packed, dense = random_tables(seed, DIMS, list(Directory))
+        packed, dense = random_tables(seed, DIMS, KINDS)
     configs = [
         EmbeddingBagConfig(
             name=f"t{k}",

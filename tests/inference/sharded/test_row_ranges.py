@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.packing.random_codings import coded_collection
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.distributed.planner.packed_rows import widths_of_rows
 from torchrec_mpe.inference.packed_table_batched_embedding_bags import PackedTableBatchedEmbeddingBags
 from torchrec_mpe.inference.sharded.consecutive_rows import locate_consecutive
@@ -56,7 +56,7 @@ def ranges_of(packed: PackedTables, t: int) -> list[RowRange]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ranges_keep_bytes_and_values(seed: int) -> None:
-    packed, dense = random_tables(seed, DIMS, list(Directory))
+    packed, dense = random_tables(seed, DIMS, KINDS)
     ranges = [r for t in (3, 1, 0, 4, 2) for r in ranges_of(packed, t)]
     ranges.append(RowRange(2, 0, packed.tables[2].num_embeddings))  # a whole table among them
     taken = take_rows(packed, ranges)
@@ -94,7 +94,7 @@ def test_ranges_of_coded_tables(seed: int, remap: bool) -> None:
     assert taken.nbytes <= sum(take_rows(packed, [rows]).nbytes for rows in ranges)
 
 
-@pytest.mark.parametrize("kind", list(Directory))
+@pytest.mark.parametrize("kind", KINDS)
 def test_consecutive_rows_are_where_the_reference_finds_them(kind: Directory) -> None:
     packed, _ = random_tables(7, [12], [kind], max_rows=3000)
     rows = packed.tables[0].num_embeddings
@@ -123,13 +123,13 @@ def test_a_range_takes_the_bytes_of_the_plan(mapped: bool) -> None:
 
 
 def test_all_tables_are_not_copied() -> None:
-    packed, _ = random_tables(0, DIMS, list(Directory))
+    packed, _ = random_tables(0, DIMS, KINDS)
     taken = take_rows(packed, [RowRange(t, 0, table.num_embeddings) for t, table in enumerate(packed.tables)])
     assert taken.weights.data_ptr() == packed.weights.data_ptr()
 
 
 def test_rows_that_are_not_there() -> None:
-    packed, dense = random_tables(0, DIMS, list(Directory))
+    packed, dense = random_tables(0, DIMS, KINDS)
     for first, rows in ((0, 0), (-1, 2), (1, len(dense[1]))):
         with pytest.raises(ValueError, match=r"table t1: rows -?\d+ to \d+ are no part"):
             take_rows(packed, [RowRange(1, first, rows)])

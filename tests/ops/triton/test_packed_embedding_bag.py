@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.packing.random_tables import random_tables
+from tests.packing.random_tables import KINDS, random_tables
 from torchrec_mpe.ops.backends import use_backend
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
 from torchrec_mpe.ops.directory import Directory
@@ -85,7 +85,7 @@ def close(ours: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(ours.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", list(Directory))
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_directory_dimension_and_width(kind, device):
     example = Example(device, kinds=[kind], seed=int(kind))
     close(packed_embedding_bag(*example.arguments()), example.expected())
@@ -99,7 +99,7 @@ def test_every_width_alone(bits, device):
 
 def test_kinds_mix_and_lines_follow_each_other(device):
     # Thousands of rows: many lines, so that a line's rank and base matter.
-    example = Example(device, (5, 16, 8, 24, 16), list(Directory), seed=11, max_rows=4000)
+    example = Example(device, (5, 16, 8, 24, 16), KINDS, seed=11, max_rows=4000)
     close(packed_embedding_bag(*example.arguments()), example.expected())
 
 
@@ -111,7 +111,7 @@ def test_rows_wider_than_a_program(dim, device):
 
 @pytest.mark.parametrize("mode", [BoundsCheckMode.FATAL, BoundsCheckMode.NONE])
 def test_weighted_sum_and_mean(mode, device):
-    example = Example(device, (5, 16, 128), list(Directory), seed=3)
+    example = Example(device, (5, 16, 128), KINDS, seed=3)
     weighted = example.arguments(per_sample_weights=example.weights, bounds_check_mode=mode)
     close(packed_embedding_bag(*weighted), example.expected(weighted=True))
     half = example.arguments(per_sample_weights=example.weights.double(), bounds_check_mode=mode)
@@ -158,13 +158,13 @@ def test_empty_batch_and_empty_bags(mode, device):
 
 @pytest.mark.parametrize("mode", list(BoundsCheckMode))
 def test_pruned_ids_add_nothing_but_count_for_mean(mode, device):
-    example = Example(device, (16, 5), list(Directory)[1:3], seed=2)
+    example = Example(device, (16, 5), KINDS[1:3], seed=2)
     example.ids[::3] = -1
     out = packed_embedding_bag(*example.arguments(pooling_mode=[0, 1, 1], bounds_check_mode=mode))
     close(out, example.expected(mean=(1, 2)))
 
 
-@pytest.mark.parametrize("kind", list(Directory))
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_ids_read_row_0(kind, device):
     example = Example(device, (16, 520), [kind], seed=4, max_rows=30, batch=2)
     rows = torch.tensor([len(example.dense[t]) for t in example.tables])
@@ -221,7 +221,7 @@ def test_the_padding_at_the_end_adds_nothing(device):
 
 
 def test_equals_the_reference_in_float64(device):
-    example = Example(device, (5, 16, 128, 64), list(Directory), seed=9)
+    example = Example(device, (5, 16, 128, 64), KINDS, seed=9)
     arguments = example.arguments(
         per_sample_weights=example.weights.double(), output_dtype=torch.float64, bounds_check_mode=BoundsCheckMode.NONE
     )

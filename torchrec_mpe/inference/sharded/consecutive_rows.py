@@ -21,7 +21,7 @@ def locate_consecutive(
 
     Arguments and the two results are those of :func:`torchrec_mpe.ops.reference.locate.locate`: bits, and codings.
     """
-    if kind in (Directory.RANKED, Directory.REMAP):
+    if kind in (Directory.RANKED, Directory.REMAP, Directory.WAVELET):
         ids = torch.arange(start, stop)
         located = locate(ids, kind, directory, rows, unit, run_records, run_starts)
         return located.starts, located.coding

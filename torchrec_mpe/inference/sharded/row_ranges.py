@@ -14,10 +14,10 @@ from torchrec_mpe.ops.reference.bitpack import row_bytes
 from torchrec_mpe.ops.reference.component_codes import read_codes, write_codes_
 from torchrec_mpe.ops.reference.run_coding import component_bits
 from torchrec_mpe.packing.bit_widths import MAX_BITS, TableBitWidths
-from torchrec_mpe.packing.choose_directory import choose_directory
+from torchrec_mpe.packing.choose_directory import choose_directory, lay_out
 from torchrec_mpe.packing.directory_lines import write_directory
 from torchrec_mpe.packing.layout import ALIGNMENT, END_PADDING, aligned, lay_out_coded_table
-from torchrec_mpe.packing.pack_coded import coding_tensors
+from torchrec_mpe.packing.pack_coded import coding_tensors, write_coded_directory
 from torchrec_mpe.packing.packed_tables import PackedTables, TableShape, int32_tensor
 from torchrec_mpe.packing.read_coding import coding_of_table
 from torchrec_mpe.packing.table_coding import TableCoding
@@ -250,17 +250,15 @@ def _range(packed: PackedTables, rows: RowRange) -> _Part:
 def _coded_range(packed: PackedTables, rows: RowRange, coding: TableCoding) -> _Part:
     """Plain rows byte by byte, transformed ones code by code, as they start at any bit."""
     shape, table_weights = packed.tables[rows.table], packed.weights[int(packed.weights_offsets[rows.table]) :]
-    kind = Directory.RANKED if coding.order is None else Directory.REMAP
-    layout = lay_out_coded_table(f"{shape.name}/{rows.first_row}", coding, kind)
+    layout = lay_out({f"{shape.name}/{rows.first_row}": coding}).tables[0]
     directory = torch.zeros(aligned(layout.directory_bytes), dtype=torch.uint8)
-    if coding.order is not None:
-        directory[: layout.directory_bytes] = coding.order.view(torch.uint8)
+    ranks = write_coded_directory(coding, layout, directory[: layout.directory_bytes])
     weights = torch.zeros(layout.end, dtype=torch.uint8)
     bounds = torch.tensor(coding.bounds[1:], dtype=torch.int64)
     for start, stop in _chunks(rows):
         located = packed.locate(rows.table, torch.arange(start, stop))
         own = slice(start - rows.first_row, stop - rows.first_row)
-        places = torch.arange(own.start, own.stop) if coding.order is None else coding.order[own].long()
+        places = torch.arange(own.start, own.stop) if ranks is None else ranks[own].long()
         groups = torch.searchsorted(bounds, places, right=True)
         for g in groups.unique().tolist():
             run = layout.runs[g]
@@ -276,7 +274,7 @@ def _coded_range(packed: PackedTables, rows: RowRange, coding: TableCoding) -> _
                 weights[(targets >> 3).unsqueeze(1) + row] = table_weights[(sources >> 3).unsqueeze(1) + row]
     return _Part(
         TableShape(layout.name, rows.num_rows, shape.embedding_dim),
-        kind,
+        layout.directory,
         weights,
         directory,
         torch.tensor([run.record for run in layout.runs], dtype=torch.int64),

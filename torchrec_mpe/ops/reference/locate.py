@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.ops.reference.wavelet_ranks import bits_and_ranks, wavelet_ranks
 
 
 class Located(NamedTuple):
@@ -50,9 +51,11 @@ def locate(
     if kind == Directory.REMAP:
         remap = directory[: 4 * rows].view(torch.int32)
         return _in_runs(remap[ids].long(), run_records, run_starts)
+    if kind == Directory.WAVELET:
+        return _in_runs(wavelet_ranks(ids, directory), run_records, run_starts)
     if kind == Directory.NIBBLE:
         return _in_nibble_lines(ids, directory, rows, unit)
-    kept, ranks = _kept_ranks(ids, directory, rows)
+    kept, ranks = bits_and_ranks(_lines(directory, rows, BITMAP_ROWS), ids)
     located = Located(*(torch.zeros_like(ids) for _ in range(3)))
     if kind == Directory.BITMAP:
         found = _in_runs(ranks[kept], run_records, run_starts)
@@ -78,17 +81,6 @@ def _in_nibble_lines(ranks: Tensor, directory: Tensor, rows: int, unit: int) -> 
     before = torch.arange(NIBBLE_ROWS, device=ranks.device) < position
     starts = base + (widths * before).sum(1)
     return Located(starts * unit * 8, widths.gather(1, position).squeeze(1).long(), torch.zeros_like(ranks))
-
-
-def _kept_ranks(ids: Tensor, directory: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Whether each id's bit is set, and its kept rank."""
-    lines = _lines(directory, rows, BITMAP_ROWS)[ids // BITMAP_ROWS]
-    position = (ids % BITMAP_ROWS).unsqueeze(1)
-    rank = lines[:, :8].contiguous().view(torch.int64).squeeze(1)
-    place = torch.arange(8, dtype=torch.uint8, device=ids.device)
-    bits = (lines[:, 8:].unsqueeze(2) >> place & 1).flatten(1)
-    before = torch.arange(BITMAP_ROWS, device=ids.device) < position
-    return bits.gather(1, position).squeeze(1).bool(), rank + (bits * before).sum(1)
 
 
 def _lines(directory: Tensor, rows: int, rows_per_line: int) -> Tensor:

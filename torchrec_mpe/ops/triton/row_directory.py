@@ -4,12 +4,14 @@
 import triton
 import triton.language as tl
 
-from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, Directory
+from torchrec_mpe.ops.directory import BITMAP_ROWS, LINE_BYTES, NIBBLE_ROWS, SPLIT_BYTES, Directory
 
 _REMAP = tl.constexpr(int(Directory.REMAP))
 _NIBBLE = tl.constexpr(int(Directory.NIBBLE))
 _BITMAP = tl.constexpr(int(Directory.BITMAP))
 _BITMAP_NIBBLE = tl.constexpr(int(Directory.BITMAP_NIBBLE))
+_WAVELET = tl.constexpr(int(Directory.WAVELET))
+_SPLIT_WORDS = tl.constexpr(SPLIT_BYTES // 4)
 _NIBBLE_ROWS = tl.constexpr(NIBBLE_ROWS)
 _BITMAP_ROWS = tl.constexpr(BITMAP_ROWS)
 _LINE_BYTES = tl.constexpr(LINE_BYTES)
@@ -48,6 +50,32 @@ def _bitmap_rank(lines, row, mask):
     rank = tl.load(line.to(tl.pointer_type(tl.int64)), mask=mask, other=0).to(tl.int32)
     byte = tl.load(line + 8 + place // 8, mask=mask, other=0).to(tl.int32)
     return ((byte >> (place % 8)) & 1) != 0, rank + _sum_of_bytes(counts)
+
+
+@triton.jit
+def _wavelet_rank(lines, row, mask):
+    """The stored rank of each row, level by level of the tree."""
+    words = lines.to(tl.pointer_type(tl.int32))
+    levels = tl.load(words + 7)
+    split = tl.zeros_like(row)
+    rank = tl.zeros_like(row)
+    active = mask
+    while levels > 0:
+        of_split = words + split * _SPLIT_WORDS
+        line = tl.load(of_split + 3, mask=active, other=0).to(tl.int64)
+        is_set, kept = _bitmap_rank(lines + line * _LINE_BYTES, row, active)
+        row = tl.where(active, tl.where(is_set, kept, row - kept), row)
+        there = tl.load(of_split + tl.where(is_set, 4, 5), mask=active, other=0)
+        first = tl.load(of_split, mask=active, other=0)
+        first += tl.where(is_set, 0, tl.load(of_split + 2, mask=active, other=0))
+        rank = tl.where(active & (there == 0), first + row, rank)
+        in_ranks = active & (there < 0)
+        place = -there.to(tl.int64) * (_LINE_BYTES // 4) + row
+        rank = tl.where(in_ranks, tl.load(words + place, mask=in_ranks, other=0), rank)
+        active = active & (there > 0)
+        split = tl.where(active, there, 0)
+        levels -= 1
+    return rank
 
 
 @triton.jit
@@ -110,7 +138,9 @@ def find_rows(
     stored = mask
     if kind == _REMAP:
         rank = tl.load(lines.to(tl.pointer_type(tl.int32)) + row, mask=mask, other=0)
-    if kind >= _BITMAP:
+    if kind == _WAVELET:
+        rank = _wavelet_rank(lines, row, mask)
+    if (kind == _BITMAP) | (kind == _BITMAP_NIBBLE):
         kept, rank = _bitmap_rank(lines, row, mask)
         stored = mask & kept
     if (kind == _NIBBLE) | (kind == _BITMAP_NIBBLE):
