@@ -52,8 +52,9 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
-        names = self._names()
-        number = 1 + (int(names[-1].split("-", 1)[0]) if names else 0)
+        # Damaged ones too: two folders must not get one name.
+        taken = [int(entry.name.split("-", 1)[0]) for entry in self.path.iterdir() if _NAME.fullmatch(entry.name)]
+        number = 1 + max(taken, default=0)
         target = self.path / f"{number:08d}-{phase}-step-{step}"
         temporary = self.path / f"{_UNFINISHED}{target.name}"
         temporary.mkdir()
