@@ -339,7 +339,7 @@ def test_defaults_on_a_small_log(log: Path, tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "out"
     options = [
         "run", "--format", "csv", "--data", str(small), "--label", "liked", "--positive", "like", "--fields",
-        "user.id,a/b,a.b", "--delimiter", "semicolon", "--out", str(out), "--dim", "8", "--quiet",
+        "user.id,a/b,a.b", "--delimiter", "semicolon", "--out", str(out), "--dim", "8",
     ]  # fmt: skip
     assert main([*options, "--method", "rule:100000"]) == 2
     assert [p.name for p in out.iterdir()] == ["data"]
@@ -351,6 +351,8 @@ def test_defaults_on_a_small_log(log: Path, tmp_path: Path, capsys: pytest.Captu
     assert "is prepared already and used again" in printed
     assert "training rows are fewer than one batch of 512: batches have 16 rows instead" in printed
     assert "warning: coded:100 is left out: method coded:100 does not fit this data" in error
+    # Where progress bars go into a file: of each phase, its begin and its end.
+    assert "\r" not in error and error.count("fp32 seed 0: train 1 of 4:") == 2
     records = json.loads((out / "results.json").read_text())
     assert [record["method"] for record in records] == ["fp32", "mpe"]
     assert "left out: coded:100" in (out / "report.html").read_text()

@@ -53,7 +53,8 @@ def check_ranks(node: argparse.Namespace, command: str) -> None:
     options = parser().parse_args(node.training_script_args)
     assert options.command == command
     for name, value in zip(_ARGUMENTS[command][::2], _ARGUMENTS[command][1::2], strict=True):
-        assert str(getattr(options, name.removeprefix("--"))) == value
+        given = getattr(options, name.removeprefix("--"))
+        assert " ".join(map(str, given if isinstance(given, list) else [given])) == value
     for name, value in zip(_FURTHER[command][::2], _FURTHER[command][1::2], strict=True):
         assert float(getattr(options, name.removeprefix("--"))) == float(value)
 

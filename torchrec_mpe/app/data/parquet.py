@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from torchrec_mpe.app.data.log import Log
 from torchrec_mpe.errors import UserError
+from torchrec_mpe.files.progress import progress_bar
 
 _BATCH_ROWS = 1 << 16
 
@@ -57,7 +58,7 @@ def _plain(kind: Any) -> bool:
     return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
 
 
-def read_parquet(log: Log, path: Path) -> Iterator[pl.DataFrame]:
+def read_parquet(log: Log, path: Path, *, progress: bool) -> Iterator[pl.DataFrame]:
     """Frames of the used columns: String, or List(String), without nulls.
 
     Times become microseconds since 1970, and a label of true and false becomes 1 and 0.
@@ -66,7 +67,12 @@ def read_parquet(log: Log, path: Path) -> Iterator[pl.DataFrame]:
         UserError: if the file is damaged.
     """
     names = list(log.used_columns)
-    with open_parquet(path) as file:
+    with (
+        open_parquet(path) as file,
+        progress_bar(
+            total=file.metadata.num_rows, unit="row", unit_scale=True, desc=f"reading {path.name}", disable=not progress
+        ) as bar,
+    ):
         batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=names)
         while True:
             try:
@@ -80,6 +86,7 @@ def read_parquet(log: Log, path: Path) -> Iterator[pl.DataFrame]:
                 raise UserError(
                     f"{path} cannot be read ({str(error).splitlines()[0][:200]}): write it again"
                 ) from error
+            bar.update(texts.height)
             yield texts
 
 

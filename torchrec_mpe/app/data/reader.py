@@ -101,7 +101,7 @@ def read_text(log: Log, *, progress: bool) -> Iterator[pl.DataFrame]:
     log = checked_log(log)
     for path in log_files(log.paths):
         if content(path) == "parquet":
-            yield from read_parquet(log, path)
+            yield from read_parquet(log, path, progress=progress)
         else:
             yield from _read_csv(log, path, progress)
 

@@ -186,7 +186,7 @@ def train_phase(
                     before, counted = counted, cache_statistics(model)
                     if counted:
                         curve.caches.append({table: counted[table] - before[table] for table in counted})
-                    bar.set_postfix(loss=f"{mean:.4f}")
+                    bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                     running.zero_()
                     shown = step
                 if checkpoints and number < steps and checkpoints.due(step):
