@@ -11,6 +11,7 @@ from .distributed.phases import prepare_search_ as prepare_search_
 from .distributed.phases import reset_rows_ as reset_rows_
 from .modules.cached_embedding_bag_collection import CachedEmbeddingBagCollection as CachedEmbeddingBagCollection
 from .modules.embedding_bag_collection import MPEEmbeddingBagCollection as MPEEmbeddingBagCollection
+from .modules.penalty import add_bit_penalty_ as add_bit_penalty_
 from .modules.penalty import bit_penalty as bit_penalty
 from .modules.sampling import sample_precision as sample_precision
 from .modules.search_config import SearchConfig as SearchConfig

@@ -1,9 +1,12 @@
 """Penalty and sampling by hand."""
 
-from typing import Literal
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 import torchrec_mpe as mpe
@@ -52,6 +55,46 @@ def test_penalty_lowers_bits() -> None:
 def test_penalty_needs_the_search_phase() -> None:
     with pytest.raises(ValueError, match="prepare_search_ before it is sharded"):
         mpe.bit_penalty(mpe.MPEEmbeddingBagCollection(TABLES))
+
+
+class ReturnsLoss(nn.Module):
+    def __init__(self, output: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.collection = model("bits")
+        self.output = output
+
+    def forward(self, loss: torch.Tensor) -> Any:
+        return self.output(loss)
+
+
+def test_the_penalty_is_added_to_the_loss_that_a_model_returns() -> None:
+    logits, loss = torch.zeros(3), torch.tensor(0.25)
+    penalty = mpe.bit_penalty(model("bits"))
+    names = ReturnsLoss(lambda loss: loss).state_dict().keys()
+    for returned, want in (
+        (lambda loss: loss, loss + penalty),
+        (lambda loss: (loss, (loss.detach(), logits)), loss + penalty),
+        (lambda loss: (torch.stack([loss, loss]), logits), torch.stack([loss, loss]) + penalty / 2),
+    ):
+        trained = ReturnsLoss(returned)
+        plain = trained(loss)
+        for _ in range(2):  # once, however often it is asked for
+            assert mpe.add_bit_penalty_(trained) is trained
+        assert trained.state_dict().keys() == names
+        for again in (trained, copy.deepcopy(trained)):
+            out = again(loss)
+            assert isinstance(out, tuple) == isinstance(plain, tuple)
+            assert torch.equal(out[0] if isinstance(out, tuple) else out, want)
+            assert not isinstance(out, tuple) or len(out) == 2
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        assert all(q.gamma.grad is not None for q in again.collection.quantizers().values())
+        trained.eval()
+        assert str(trained(loss)) == str(plain), "evaluation has no penalty"
+        trained.train()
+        mpe.prepare_retrain_(trained, mpe.sample_precision(trained))
+        assert str(trained(loss)) == str(plain), "nor has retraining"
+    with pytest.raises(TypeError, match="ReturnsLoss returns a dict, add_bit_penalty_ needs a loss or a tuple"):
+        mpe.add_bit_penalty_(ReturnsLoss(lambda loss: {"loss": loss}))(loss)
 
 
 def test_sample_bits_by_hand() -> None:

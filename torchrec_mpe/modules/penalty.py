@@ -1,5 +1,7 @@
 """The penalty on bits that a search adds to the loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -58,3 +60,46 @@ def bit_penalty(model: nn.Module) -> Tensor:
             weight = frequencies.min() / frequencies
         total = total + quantizer.config.penalty_weight * (weight.to(bits) * bits).sum()
     return total
+
+
+def add_bit_penalty_(model: nn.Module) -> nn.Module:
+    """Let a model that returns its loss, as TorchRec's DLRMTrain does for pipelines, add :func:`bit_penalty` to it.
+
+    The penalty is added while the model trains in the search phase; otherwise the output stays as it is. Names in the
+    state dict stay as well.
+
+    Args:
+        model (nn.Module): returns a loss, or a tuple with the loss first. Of a loss with several elements, which
+            pipelines sum, each gets its part of the penalty.
+
+    Returns:
+        nn.Module: ``model``.
+
+    Raises:
+        TypeError: from the model's forward, if it returns anything else.
+
+    Example::
+
+        model = DLRMTrain(DLRM(...))
+        prepare_search_(model, counts)
+        add_bit_penalty_(model)
+        dmp = DistributedModelParallel(model, sharders=sharders(fused_params), ...)
+        pipeline = TrainPipelineSparseDist(dmp, optimizer, device)
+    """
+    if not getattr(model, "adds_bit_penalty", False):
+        model.adds_bit_penalty = True  # type: ignore[assignment]
+        model.register_forward_hook(_add_bit_penalty)
+    return model
+
+
+def _add_bit_penalty(model: nn.Module, inputs: Any, output: Any) -> Any:
+    if not model.training or not any(isinstance(module, SearchQuantizer) for module in model.modules()):
+        return output
+    loss = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} returns a {type(output).__name__}, add_bit_penalty_ needs a loss or a tuple with "
+            "the loss first"
+        )
+    loss = loss + bit_penalty(model) / loss.numel()
+    return (loss, *output[1:]) if isinstance(output, tuple) else loss
