@@ -11,7 +11,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 import torchrec_mpe as mpe
 from tests.distributed.checkpoint.runs import Run, Training
-from torchrec_mpe.distributed.checkpoint.extra import as_json, from_json
+from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint
+from torchrec_mpe.distributed.checkpoint.extra import (
+    as_json,
+    check_extra,
+    extra_state,
+    from_json,
+    of_ranks,
+    set_extra,
+)
+from torchrec_mpe.modules.embedding_bag_collection import Phase
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
     "steps": lambda optimizer: MultiStepLR(optimizer, [2, 6], gamma=0.5),
@@ -57,3 +66,25 @@ def test_what_has_no_json_is_named() -> None:
         as_json("schedule", {"a": [1, {"b": torch.zeros(1)}]})
     with pytest.raises(TypeError, match=r"position.file is a PosixPath"):
         as_json("position", {"file": Path("x")})
+
+
+def test_ranks_with_other_parameter_groups_have_schedules_of_their_own() -> None:
+    def schedule(groups: int) -> torch.optim.lr_scheduler.LRScheduler:
+        parameters = [{"params": [torch.zeros(1)], "lr": 1.0 + k} for k in range(groups)]
+        return torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD(parameters), 0.5)
+
+    saved = [schedule(1), schedule(2)]
+    saved[1].step()
+    _, first = extra_state({"s": saved[0], "same": schedule(1)})
+    _, second = extra_state({"s": saved[1], "same": schedule(1)})
+    by_rank = json.loads(json.dumps(of_ranks([first, second])))
+    assert list(by_rank) == ["s"]
+    manifest = {"extra": first, "extra_of_ranks": by_rank}
+    checkpoint = Checkpoint(Path("c"), 1, Phase.PLAIN, {}, 2, None, manifest)
+    for rank, before in enumerate(saved):
+        again = schedule(1 + rank)
+        check_extra({"s": again}, {}, checkpoint, {}, rank, 2)
+        set_extra({"s": again}, {}, checkpoint, rank, 2)
+        assert again.state_dict() == before.state_dict()
+    with pytest.raises(ValueError, match=r"'s' has learning rates of 1 parameter groups in the checkpoint, .* has 2"):
+        check_extra({"s": schedule(2)}, {}, checkpoint, {}, 1, 4)

@@ -24,7 +24,7 @@ from torchrec_mpe.distributed.checkpoint.checkpoint import (
     damage,
     write_manifest,
 )
-from torchrec_mpe.distributed.checkpoint.extra import as_json, check_extra, extra_state, set_extra
+from torchrec_mpe.distributed.checkpoint.extra import as_json, check_extra, extra_state, of_ranks, set_extra
 from torchrec_mpe.distributed.checkpoint.folder import CheckpointFolder
 from torchrec_mpe.distributed.checkpoint.fused_optimizer import merge_descriptions
 from torchrec_mpe.distributed.checkpoint.preparation import check_prepared_with
@@ -166,6 +166,7 @@ class Checkpoints:
                 "versions": installed_versions(),
             }
         )
+        manifest["extra_of_ranks"] = of_ranks(ranks.gather(extra_values))
         manifest["tables"] = merge_descriptions(ranks.gather(ranks.together(state.local_tables)))
         temporary, target, shared = ranks.on_rank_0(lambda: self._begin(model, state, step, counts, plan))
         manifest.update(shared)
@@ -294,13 +295,13 @@ class Checkpoints:
         ranks.together(lambda: state.check_loadable(checkpoint, saved, tables))
         fresh = ranks.together(lambda: state.without_state(checkpoint, tables, optimizer_state))
         extra_tensors, _ = extra_state(extra)
-        ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, saved))
+        ranks.together(lambda: check_extra(extra, extra_tensors, checkpoint, saved, ranks.rank, ranks.world_size))
         targets = ranks.together(lambda: state.targets(checkpoint, saved, fresh, ranks.rank, ranks.world_size))
         try:
             dcp.load({**targets, **extra_tensors}, checkpoint.path, ranks.group())
         except dcp.FAILURES as error:
             raise RuntimeError(f"checkpoint {checkpoint.path} could not be loaded: {dcp.reason(error)}") from error
-        set_extra(extra, extra_tensors, checkpoint)
+        set_extra(extra, extra_tensors, checkpoint, ranks.rank, ranks.world_size)
         ranks.together(lambda: state.set(targets, checkpoint, fresh, ranks.rank, ranks.world_size))
 
     def _damage(self, checkpoint: Checkpoint) -> str | None:

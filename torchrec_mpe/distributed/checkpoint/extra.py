@@ -1,7 +1,7 @@
 """Other objects with a state, such as learning-rate schedulers: numbers into the manifest, tensors beside the rows."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,17 +40,27 @@ def check_extra(
     tensors: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     saved: Mapping[str, SavedTensor],
+    rank: int,
+    world_size: int,
 ) -> None:
     """Make sure that a checkpoint has the state of some objects, whose present tensors are given.
 
     Raises:
         KeyError: if it has not.
-        ValueError: if a tensor has another shape.
+        ValueError: if a tensor has another shape, or a schedule other parameter groups.
     """
     for name in extra:
         if name not in checkpoint.manifest["extra"]:
             known = ", ".join(sorted(checkpoint.manifest["extra"])) or "none"
             raise KeyError(f"the checkpoint {checkpoint.path} has no state of {name!r}; it has: {known}")
+        rates = _values(name, checkpoint, rank, world_size).get("base_lrs")
+        optimizer = getattr(extra[name], "optimizer", None)
+        if rates is not None and optimizer is not None and len(rates) != len(optimizer.param_groups):
+            raise ValueError(
+                f"the schedule {name!r} has learning rates of {len(rates)} parameter groups in the checkpoint, its "
+                f"optimizer here has {len(optimizer.param_groups)}: shard the tables as when it was saved, or give "
+                "rows and dense network a schedule each and leave that of the rows out of extra="
+            )
     for key, tensor in tensors.items():
         if key not in saved:
             raise KeyError(f"the checkpoint {checkpoint.path} has no {key}")
@@ -58,11 +68,38 @@ def check_extra(
             raise ValueError(f"{key} has shape {global_size(tensor)}, in the checkpoint it is {saved[key].size}")
 
 
-def set_extra(extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Give each object its state back; the tensors are those of :func:`extra_state`, loaded."""
+def of_ranks(by_rank: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Each rank's values of the objects that have not the same everywhere.
+
+    A schedule has a learning rate for each parameter group, and ranks with other tables have other groups.
+
+    Args:
+        by_rank (Sequence[Mapping[str, Any]]): values as :func:`extra_state` returned them on each rank.
+    """
+    return {
+        name: [values[name] for values in by_rank]
+        for name in by_rank[0]
+        if any(values[name] != by_rank[0][name] for values in by_rank)
+    }
+
+
+def set_extra(
+    extra: Mapping[str, Stateful], tensors: Mapping[str, Tensor], checkpoint: Checkpoint, rank: int, world_size: int
+) -> None:
+    """Give each object its state back; the tensors are those of :func:`extra_state`, loaded.
+
+    Where ranks had different values each gets its own, under another world size rank 0's.
+    """
     for name in sorted(extra):
         loaded = {key.removeprefix(_key(name, "")): t for key, t in tensors.items() if key.startswith(_key(name, ""))}
-        extra[name].load_state_dict({**from_json(checkpoint.manifest["extra"][name]), **loaded})
+        extra[name].load_state_dict({**from_json(_values(name, checkpoint, rank, world_size)), **loaded})
+
+
+def _values(name: str, checkpoint: Checkpoint, rank: int, world_size: int) -> Any:
+    by_rank = checkpoint.manifest.get("extra_of_ranks", {})
+    if name not in by_rank:
+        return checkpoint.manifest["extra"][name]
+    return by_rank[name][rank if world_size == checkpoint.world_size else 0]
 
 
 def as_json(name: str, value: Any) -> Any:
