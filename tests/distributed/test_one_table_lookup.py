@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -13,17 +12,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
 )
-from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torch import Tensor
 
-import torchrec_mpe as mpe
-from torchrec_mpe.app.training.process_group import process_group
 from torchrec_mpe.distributed.one_table_lookup import OneTableLookup, can_be_one_table
-from torchrec_mpe.precision.from_frequencies import uniform_precision
 
 ROWS = (7, 30, 12)
 FEATURE_TABLES = [0, 1, 1, 2]
@@ -157,55 +148,3 @@ def test_what_fbgemm_ignores_pooled_or_not_is_one_table(optimizer: EmbOptimType)
     theirs(ids, offsets).sum().backward()
     for a, b in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
-
-
-DIMS = 8
-TABLES = [EmbeddingBagConfig(name="t", num_embeddings=20, embedding_dim=DIMS, feature_names=["f"])]
-
-
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
-@pytest.mark.parametrize("name", ["L2", "DECOUPLE", "clip", "clip SGD"])
-def test_sharded_phases_decay_and_clip_by_the_formula(name: str, kind: str) -> None:
-    fused: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, "eps": 1e-8}
-    if name.startswith("clip"):
-        fused |= {"gradient_clipping": True, "max_gradient": 0.02}
-    else:
-        fused |= {"weight_decay": 0.5, "weight_decay_mode": WeightDecayMode[name]}
-    if name == "clip SGD":
-        fused["optimizer"] = EmbOptimType.EXACT_SGD
-    model: Any = nn.Sequential(EmbeddingBagCollection(TABLES, device=torch.device("cpu")))
-    mpe.prepare_retrain_(model, uniform_precision(TABLES, 8))
-    alone = copy.deepcopy(model)
-    weight = alone[0].embedding_bags["t"].weight
-    state = torch.zeros(20)
-    with process_group(torch.device("cpu")):
-        constraints = {"t": ParameterConstraints(sharding_types=[kind])}
-        planner = EmbeddingShardingPlanner(Topology(world_size=1, compute_device="cpu"), constraints=constraints)
-        sharders = mpe.sharders(fused)
-        plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
-        dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
-        for step in range(3):
-            g = torch.Generator().manual_seed(step)
-            ids = torch.randint(20, (9,), generator=g)
-            features = KeyedJaggedTensor.from_lengths_sync(["f"], ids, torch.tensor([4, 3, 2]))
-            factor = torch.randn(3, DIMS, generator=g)
-            (dmp(features).values() * factor).sum().backward()
-            # Of each lookup by itself: one row a bag, which every one of them passes through the quantizer.
-            apart = KeyedJaggedTensor.from_lengths_sync(["f"], ids, torch.ones(9, dtype=torch.int64))
-            of_lookups = factor.repeat_interleave(torch.tensor([4, 3, 2]), dim=0)
-            gradient = torch.zeros_like(weight)
-            for k in range(9):
-                weight.grad = None
-                (alone(apart).values()[k] * of_lookups[k]).sum().backward()
-                one = weight.grad
-                gradient += one.clamp(-0.02, 0.02) if name.startswith("clip") else one
-            with torch.no_grad():
-                seen = ids.unique()
-                g_of, rows = gradient[seen], weight[seen]
-                if name == "L2":
-                    g_of = g_of + 0.5 * rows
-                state[seen] += g_of.square().mean(1)
-                scale = 1.0 if name == "clip SGD" else 1 / (state[seen].sqrt() + 1e-8)[:, None]
-                weight[seen] = rows * (1 - 0.1 * 0.5 * (name == "DECOUPLE")) - 0.1 * g_of * scale
-            ((_, _, _, values),) = dmp.module[0].local_shards()
-            torch.testing.assert_close(values, weight.detach(), rtol=1e-5, atol=1e-6)

@@ -24,6 +24,7 @@ from torchrec_mpe.modules.check_ids import check_ids, rows_of_features
 from torchrec_mpe.modules.embedding_bag_collection import MPEEmbeddingBagCollection, Phase
 from torchrec_mpe.modules.row_quantizer import RowQuantizer
 from torchrec_mpe.precision.row_initialization import RowInitialization
+from torchrec_mpe.upstream.fused_optimizers import refusal_of_weight_decay
 from torchrec_mpe.upstream.optimizers import without_optimizers_in_backward_
 from torchrec_mpe.upstream.pooled_lookup import EmbeddingKernel
 from torchrec_mpe.upstream.sharded_embeddingbag import OpenShardedEmbeddingBagCollection
@@ -109,6 +110,8 @@ class ShardedMPEEmbeddingBagCollection(OpenShardedEmbeddingBagCollection):
         grouped: dict[str, list[EmbeddingShardingInfo]] = super().create_grouped_sharding_infos(
             module, table_name_to_parameter_sharding, prefix, fused_params, suffix
         )
+        for info in (info for infos in grouped.values() for info in infos):
+            _refuse_wrong_decay(info, module)
         if module.phase is Phase.PLAIN:
             return grouped
         for info in (info for infos in grouped.values() for info in infos):
@@ -305,6 +308,18 @@ def _refuse_wrong_sharding(
             f"table {table.name} is data-parallel with the compute kernel {sharding.compute_kernel}, whose row updates "
             "the ranks would not share; use the kernel dense for it, or another sharding type"
         )
+
+
+def _refuse_wrong_decay(info: EmbeddingShardingInfo, module: MPEEmbeddingBagCollection) -> None:
+    """Of a table that a fused optimizer trains."""
+    if info.param_sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value:
+        return
+    config = info.embedding_config
+    on_cpu = all(shard.placement.device().type == "cpu" for shard in info.param_sharding.sharding_spec.shards)
+    alone = on_cpu and module.phase is Phase.PLAIN and len(config.feature_names) == 1
+    said = refusal_of_weight_decay(info.fused_params or {}, pooled_on_cpu=alone)
+    if said is not None:
+        raise ValueError(f"table {config.name}: {said}")
 
 
 def _clear_fused_optimizer(tbe: nn.Module) -> None:
