@@ -16,6 +16,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchrec_mpe.coding.code_tables import TableSummary
 from torchrec_mpe.inference.fbgemm_embedding_bags import FbgemmTableBatchedEmbeddingBags
 from torchrec_mpe.inference.packed_table_batched_embedding_bags import PackedTableBatchedEmbeddingBags
 from torchrec_mpe.ops.bounds_check import BoundsCheckMode
@@ -51,6 +52,9 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         encoders (Optional[Mapping[str, Tensor]]): float32 [D, K] by coded table, which :meth:`apply_update` needs and
             no lookup: an attribute, in no buffer, state_dict or size; an artifact holds them.
 
+    Attributes:
+        summaries (dict[str, TableSummary]): by coded table what ``compress`` made of it, where it was in this process.
+
     Raises:
         ValueError: naming the table, if configs and packed tables differ, a table has another pooling type, or a
             weighted table has MEAN pooling; or if there is no such backend or dtype.
@@ -84,6 +88,7 @@ class PackedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._output_dtype = output_dtype
         self._backend = backend
         self.encoders: dict[str, Tensor] = dict(encoders or {})
+        self.summaries: dict[str, TableSummary] = {}
         table_index = _match_tables(self._configs, packed, is_weighted)
         self._feature_names: list[str] = []
         self._feature_labels: list[str] = []

@@ -88,6 +88,7 @@ def test_whole_job(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert 0.99 * budget - 64 < by_method[method]["embedding_bytes"] <= budget
         assert "components-1.png" in {picture.name for picture in out.iterdir()}
     page = (out / "report.html").read_text()
+    assert "<h2>Coded tables</h2>" in page and ">coded:5, t_user<" in page
     assert all(method in page for method in methods) and "http://" not in page and "https://" not in page
     assert main(["inspect", str(out / "mpe-seed0" / "artifact")]) == 0
     assert main(["inspect", str(out / "coded-5-seed0" / "artifact")]) == 0

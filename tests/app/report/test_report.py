@@ -13,7 +13,8 @@ import matplotlib
 import pytest
 import torch
 
-from torchrec_mpe.app.report.data import ReportData
+from torchrec_mpe.app.report.coded_tables import coded_tables
+from torchrec_mpe.app.report.data import CodedTable, ReportData
 from torchrec_mpe.app.report.estimates import baseline_method, difference, estimate
 from torchrec_mpe.app.report.hit_rate_figure import _joined, _missing_most
 from torchrec_mpe.app.report.numerals import decimal, in_bytes, short_count
@@ -22,8 +23,11 @@ from torchrec_mpe.app.report.style import house_style, label, method_styles
 from torchrec_mpe.app.report.widths_figures import frequency_decades, width_shares
 from torchrec_mpe.app.report.write import write_report
 from torchrec_mpe.cache.statistics import CacheStatistics
+from torchrec_mpe.coding.code_tables import TableSummary
 from torchrec_mpe.files.atomic import atomic_file
+from torchrec_mpe.ops.directory import Directory
 from torchrec_mpe.packing.bit_widths import TableBitWidths
+from torchrec_mpe.packing.layout import TableLayout
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -386,3 +390,28 @@ def test_numerals() -> None:
     assert in_bytes(1023) == "1,023 B" and in_bytes(1536) == "1.5 KiB" and in_bytes(3 << 30) == "3.0 GiB"
     assert label("a" * 50, 20) == "a" * 13 + "…" + "a" * 6
     assert label("_x", 9) == " _x" and label("", 9) == "(no name)"
+
+
+def test_coded_tables_by_hand() -> None:
+    """Of 4096 bytes and a deviation of 10: table a has 3/4 and 8, of which 2 are lost, b the rest, of which .5 are."""
+    layouts = [TableLayout(name, rows, 8, Directory.RANKED, (0,) * 9, ()) for name, rows in (("a", 1500), ("b", 500))]
+    summaries = [
+        TableSummary(2, (0.6, 0.25, 0.15), 10, 1400, 90, 0, error=2.0, deviation=8.0),
+        TableSummary(0, (1.0,), 400, 0, 60, 40, error=0.5, deviation=2.0),
+    ]
+    codings = {
+        "coded:9": {
+            layout.name: CodedTable(layout, summary, size)
+            for layout, summary, size in zip(layouts, summaries, (3072, 1024), strict=True)
+        }
+    }
+    page = coded_tables(dataclasses.replace(full_report(), codings=codings))
+    rows = [
+        re.findall(r">([^<]*)</t[hd]>", line) for line in page.splitlines() if line.startswith('<tr><th scope="row">')
+    ]
+    assert rows == [
+        ["coded:9", "2,000", "", "", "", "", "", "4.0 KiB", "", "", "25.0%"],
+        ["coded:9, a", "1,500", "2 of 8", "85.0%", "10", "1,400", "90", "3.0 KiB", "75.0%", "80.0%", "25.0%"],
+        ["coded:9, b", "500", "0 of 8", "n/a", "400", "0", "100", "1.0 KiB", "25.0%", "20.0%", "25.0%"],
+    ]
+    assert coded_tables(full_report()) == ""

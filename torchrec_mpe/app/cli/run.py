@@ -20,7 +20,7 @@ from torchrec_mpe.app.data.formats import add_data_options, log_description, ope
 from torchrec_mpe.app.data.log_files import log_files, shown_paths
 from torchrec_mpe.app.data.split import SPLITS
 from torchrec_mpe.app.hardware import cpu_name
-from torchrec_mpe.app.report.data import ReportData
+from torchrec_mpe.app.report.data import CodedTable, ReportData
 from torchrec_mpe.app.report.numerals import auc_text
 from torchrec_mpe.app.report.write import write_report
 from torchrec_mpe.app.training.method import FORMS, Method
@@ -34,7 +34,6 @@ from torchrec_mpe.errors import UserError
 from torchrec_mpe.files.atomic import atomic_file
 from torchrec_mpe.inference.artifact.save_load import save
 from torchrec_mpe.inference.packed_embedding_bag_collection import PackedEmbeddingBagCollection
-from torchrec_mpe.packing.layout import TableLayout
 from torchrec_mpe.upstream.versions import __version__, installed_versions
 
 _DATA = "data"
@@ -142,7 +141,7 @@ def compare(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
     """
     quiet_dependencies()
     outcomes: list[Outcome] = []
-    codings: dict[str, dict[str, TableLayout]] = {}
+    codings: dict[str, dict[str, CodedTable]] = {}
     left_out: dict[str, UserError] = {}
     with process_group(jobs[0].run.device):
         jobs = _with_batches_that_fit(jobs)
@@ -227,21 +226,22 @@ def _write_records(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> 
                 temporary.write_text(text)
 
 
-def _codings(model: torch.nn.Module) -> dict[str, TableLayout]:
-    """How the tables of a packed model are laid out, by name."""
-    return {
-        layout.name: layout
-        for module in model.modules()
-        if isinstance(module, PackedEmbeddingBagCollection)
-        for layout in module.packed_tables().layouts()
-    }
+def _codings(model: torch.nn.Module) -> dict[str, CodedTable]:
+    """What coding made of the tables of a packed model, by name."""
+    found: dict[str, CodedTable] = {}
+    for module in model.modules():
+        if isinstance(module, PackedEmbeddingBagCollection):
+            sizes = {size.name: size.total for size in module.size_report().tables}
+            for layout in module.packed_tables().layouts():
+                found[layout.name] = CodedTable(layout, module.summaries[layout.name], sizes[layout.name])
+    return found
 
 
 def _report_data(
     options: argparse.Namespace,
     job: Job,
     outcomes: Sequence[Outcome],
-    codings: Mapping[str, Mapping[str, TableLayout]],
+    codings: Mapping[str, Mapping[str, CodedTable]],
     left_out: Mapping[str, UserError],
 ) -> ReportData:
     data, settings = job.data, job.settings

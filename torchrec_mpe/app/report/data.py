@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchrec_mpe.coding.code_tables import TableSummary
 from torchrec_mpe.packing.bit_widths import TableBitWidths
 from torchrec_mpe.packing.layout import TableLayout
 
@@ -24,6 +25,15 @@ CURVE_KEYS = ("method", "seed", "phase", "steps", "loss", "validation")
 
 
 @dataclass(frozen=True)
+class CodedTable:
+    """A coded table: how its rows lie, what became of them, and all bytes that it takes."""
+
+    layout: TableLayout
+    summary: TableSummary
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that :func:`~torchrec_mpe.app.report.write.write_report` shows; an empty part is left out of the page.
 
@@ -38,7 +48,7 @@ class ReportData:
             (list of {"step", "auc"}). Methods with a cache also have caches (list[dict[str, CacheStatistics]]): what
             each table's cache counted in the windows that end at the steps.
         plans (Mapping[str, Mapping[str, TableBitWidths]]): method -> table -> bit-widths.
-        codings (Mapping[str, Mapping[str, TableLayout]]): method -> table -> the runs of coded tables.
+        codings (Mapping[str, Mapping[str, CodedTable]]): method -> table -> what coding made of it.
         counts (Mapping[str, Tensor]): table -> int64 [num_embeddings], training frequencies by row id.
         probabilities (Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]]): method -> table -> the bounds
             of its k groups in the order of frequency (k + 1 numbers) and the probability of each candidate bit-width,
@@ -55,7 +65,7 @@ class ReportData:
     results: Sequence[Mapping[str, Any]]
     curves: Sequence[Mapping[str, Any]] = ()
     plans: Mapping[str, Mapping[str, TableBitWidths]] = field(default_factory=dict)
-    codings: Mapping[str, Mapping[str, TableLayout]] = field(default_factory=dict)
+    codings: Mapping[str, Mapping[str, CodedTable]] = field(default_factory=dict)
     counts: Mapping[str, Tensor] = field(default_factory=dict)
     probabilities: Mapping[str, Mapping[str, tuple[tuple[int, ...], Tensor]]] = field(default_factory=dict)
     candidate_bits: tuple[int, ...] = ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from torchrec_mpe.app.report.cache_tables import cache_tables
+from torchrec_mpe.app.report.coded_tables import coded_tables
 from torchrec_mpe.app.report.data import ReportData
 from torchrec_mpe.app.report.estimates import MethodSummary, baseline_method, summarize
 from torchrec_mpe.app.report.html_table import html_table
@@ -69,7 +70,13 @@ def html_page(report: ReportData, pictures: Sequence[Picture]) -> str:
     """The whole page, with the pictures inside it."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if report.results:
-        parts += ["<h2>Results</h2>", _results_table(report), _runs_table(report), cache_tables(report)]
+        parts += [
+            "<h2>Results</h2>",
+            _results_table(report),
+            _runs_table(report),
+            coded_tables(report),
+            cache_tables(report),
+        ]
     for picture in pictures:
         heading = f"<h2>{escape(picture.heading)}</h2>\n" if picture.heading else ""
         source = base64.b64encode(picture.png).decode("ascii")

@@ -78,9 +78,10 @@ def _widths(report: ReportData) -> list[Picture]:
 
 def _components(report: ReportData) -> list[Picture]:
     pictures: list[Picture] = []
-    for method, layouts in report.codings.items():
-        if not layouts:
+    for method, tables in report.codings.items():
+        if not tables:
             continue
+        layouts = {name: table.layout for name, table in tables.items()}
         rows = sum(layout.num_embeddings for layout in layouts.values())
         average = 8 * sum(layout.payload_bytes for layout in layouts.values()) / rows
         caption = (

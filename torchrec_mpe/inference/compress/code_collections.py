@@ -101,6 +101,8 @@ def code_collections(
     )
     codings = _of_first_rank({name: found.coding for name, found in coded.items()}, group, device)
     packed = [_pack(collection, codings, output_dtype) for collection in collections]
+    for collection, of_it in zip(collections, packed, strict=True):
+        of_it.summaries = {config.name: coded[config.name].summary for config in collection.configs}
     # Where rows with lookups have no bits either, all read their mean.
     only_unseen = [table for table in tables if coded[table.name].summary.zero_rows == 0]
     return CodedCollections(packed, {name: found.summary for name, found in coded.items()}, only_unseen)
