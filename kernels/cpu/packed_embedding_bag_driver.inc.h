@@ -67,60 +67,68 @@ __attribute__((always_inline)) inline void fetch_directory(const PackedTable& ta
 }
 
 // Ids of a block to ranks, split by split, so that each split's line is fetched before it is read; returns false if any
-// leads out of the directory, and is now one of 0 bits.
-inline bool resolve_wavelet(const PackedTable& table, int count, int32_t* ranks) {
-  // Of the rows that are not resolved yet: slot, row of its split, and the split, or -n: the rank stands in line n.
-  int32_t slots[kBlock];
-  int32_t rows[kBlock];
-  int32_t places[kBlock];
+// leads out of the directory, and is now one of 0 bits. Without branches on where a row goes on: they would be guessed
+// wrong often. What a list gets of a row that does not belong to it, the next one overwrites.
+__attribute__((noinline)) inline bool resolve_wavelet(const PackedTable& table, int count, int32_t* ranks) {
+  int32_t slots[kBlock + 1];   // of rows that meet a split,
+  int32_t rows[kBlock + 1];    // their rows of it,
+  int32_t splits[kBlock + 1];  // which one,
+  const uint8_t* lines[kBlock + 1];  // and the line of its bitmap that has their bits
+  int32_t word_slots[kBlock + 1];  // of rows whose ranks stand in the directory,
+  const uint8_t* words[kBlock + 1];  // and where
+  constexpr uint32_t kRows = kBitmapRows;  // dividing 32 bits takes less
+  const uint8_t* directory = table.directory;
   int left = 0;
+  int num_words = 0;
   for (int i = 0; i < count; ++i) {
     slots[left] = i;
     rows[left] = ranks[i];
-    places[left] = 0;
+    splits[left] = 0;
+    const uint32_t row = static_cast<uint32_t>(std::max(ranks[i], 0));
+    lines[left] = directory + (table.splits->line + row / kRows) * kLineBytes;
     left += ranks[i] >= 0;
   }
-  bool sound = true;
-  const uint32_t num_rows = static_cast<uint32_t>(table.num_rows);
+  uint32_t unsound = 0;
   while (left > 0) {
     int next = 0;
     for (int i = 0; i < left; ++i) {
       const int32_t slot = slots[i];
-      const int32_t place = places[i];
-      int32_t rank;
-      if (place < 0) {
-        const uint8_t* at = table.directory - place * kLineBytes + int64_t{4} * rows[i];
-        std::memcpy(&rank, at, 4);
-      } else {
-        const Split& split = table.splits[place];
-        const uint32_t found = bitmap_bits(table.directory + split.line * kLineBytes, rows[i]);
-        const bool is_set = found >> 31 != 0;
-        const int32_t kept = static_cast<int32_t>(found & 0x7fffffffu);
-        const int32_t row = is_set ? kept : rows[i] - kept;
-        const int32_t there = is_set ? split.set : split.rest;
-        const int32_t of_half = is_set ? split.kept : split.rows - split.kept;
-        if (__builtin_expect(row < 0 || row >= of_half, 0)) {
-          sound = false;
-          ranks[slot] = kZeroBits;
-          continue;
-        }
-        if (there != 0) {
-          prefetch(there < 0 ? table.directory - there * kLineBytes + int64_t{4} * row
-                             : table.directory + (table.splits[there].line + row / kBitmapRows) * kLineBytes);
-          slots[next] = slot;
-          rows[next] = row;
-          places[next] = there;
-          ++next;
-          continue;
-        }
-        rank = split.first + (is_set ? 0 : split.kept) + row;
-      }
-      sound &= static_cast<uint32_t>(rank) < num_rows;
-      ranks[slot] = static_cast<uint32_t>(rank) < num_rows ? rank : kZeroBits;
+      const Split& split = table.splits[splits[i]];
+      const uint32_t found = bitmap_bits(lines[i], static_cast<int>(static_cast<uint32_t>(rows[i]) % kRows));
+      const int32_t is_rest = (found >> 31) == 0;
+      const int32_t rest = -is_rest;  // all bits are set
+      const int32_t kept = static_cast<int32_t>(found & 0x7fffffffu);
+      const int32_t of_half = split.kept + (rest & (split.rows - 2 * split.kept));
+      int32_t row = kept + (rest & (rows[i] - 2 * kept));
+      const bool inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(of_half);
+      row &= -static_cast<int32_t>(inside);
+      // Without rows a half has nothing that can be read.
+      const int32_t there = (&split.set)[is_rest] & -static_cast<int32_t>(inside);
+      unsound |= !inside;
+      ranks[slot] = inside ? split.first + (rest & split.kept) + row : kZeroBits;
+      const int32_t following = std::max(there, 0);
+      const uint8_t* word = directory + std::max(-there, 0) * kLineBytes + int64_t{4} * row;
+      const uint8_t* line = directory + (table.splits[following].line + static_cast<uint32_t>(row) / kRows) * kLineBytes;
+      prefetch(there < 0 ? word : line);
+      slots[next] = slot;
+      rows[next] = row;
+      splits[next] = following;
+      lines[next] = line;
+      next += there > 0;
+      word_slots[num_words] = slot;
+      words[num_words] = word;
+      num_words += there < 0;
     }
     left = next;
   }
-  return sound;
+  for (int i = 0; i < num_words; ++i) {
+    int32_t rank;
+    std::memcpy(&rank, words[i], 4);
+    const bool inside = static_cast<uint32_t>(rank) < static_cast<uint32_t>(table.num_rows);
+    unsound |= !inside;
+    ranks[word_slots[i]] = inside ? rank : kZeroBits;
+  }
+  return unsound == 0;
 }
 
 // Ids to ranks, in [0, num_rows), kPruned or kZeroBits; bounds are checked here.
