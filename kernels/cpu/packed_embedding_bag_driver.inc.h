@@ -97,18 +97,22 @@ __attribute__((noinline)) inline bool resolve_wavelet(const PackedTable& table, 
       const uint32_t found = bitmap_bits(lines[i], static_cast<int>(static_cast<uint32_t>(rows[i]) % kRows));
       const int32_t is_rest = (found >> 31) == 0;
       const int32_t rest = -is_rest;  // all bits are set
-      const int32_t kept = static_cast<int32_t>(found & 0x7fffffffu);
-      const int32_t of_half = split.kept + (rest & (split.rows - 2 * split.kept));
-      int32_t row = kept + (rest & (rows[i] - 2 * kept));
-      const bool inside = static_cast<uint32_t>(row) < static_cast<uint32_t>(of_half);
-      row &= -static_cast<int32_t>(inside);
+      // Unsigned, so that damaged ranks wrap around.
+      const uint32_t mask = static_cast<uint32_t>(rest);
+      const uint32_t kept = found & 0x7fffffffu;
+      const uint32_t kept_rows = static_cast<uint32_t>(split.kept);
+      const uint32_t of_half = kept_rows + (mask & (static_cast<uint32_t>(split.rows) - 2 * kept_rows));
+      const uint32_t in_half = kept + (mask & (static_cast<uint32_t>(rows[i]) - 2 * kept));
+      const bool inside = in_half < of_half;
+      const int32_t row = inside ? static_cast<int32_t>(in_half) : 0;
       // Without rows a half has nothing that can be read.
       const int32_t there = (&split.set)[is_rest] & -static_cast<int32_t>(inside);
       unsound |= !inside;
       ranks[slot] = inside ? split.first + (rest & split.kept) + row : kZeroBits;
       const int32_t following = std::max(there, 0);
       const uint8_t* word = directory + std::max(-there, 0) * kLineBytes + int64_t{4} * row;
-      const uint8_t* line = directory + (table.splits[following].line + static_cast<uint32_t>(row) / kRows) * kLineBytes;
+      const int64_t line_of_row = static_cast<uint32_t>(row) / kRows;
+      const uint8_t* line = directory + (table.splits[following].line + line_of_row) * kLineBytes;
       prefetch(there < 0 ? word : line);
       slots[next] = slot;
       rows[next] = row;
