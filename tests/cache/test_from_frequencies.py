@@ -55,6 +55,6 @@ def test_together_they_hold_the_load_factor(lookups: list[list[int]], load_facto
 
 def test_counts_have_to_fit() -> None:
     with pytest.raises(KeyError, match="no counts for table t1; counted tables: t0"):
-        caches_from_frequencies({"t0": torch.ones(4)}, tables([4, 4], [8, 8]), CacheConfig())
+        caches_from_frequencies({"t0": torch.ones(4, dtype=torch.int64)}, tables([4, 4], [8, 8]), CacheConfig())
     with pytest.raises(ValueError, match="table t0 has 4 rows, its counts 5"):
-        caches_from_frequencies({"t0": torch.ones(5)}, tables([4], [8]), CacheConfig())
+        caches_from_frequencies({"t0": torch.ones(5, dtype=torch.int64)}, tables([4], [8]), CacheConfig())

@@ -223,6 +223,6 @@ def test_mistakes() -> None:
     with pytest.raises(KeyError, match="no counts for table c; counted tables: a, b"):
         find(rows, {n: counts[n] for n in "ab"}, ratio=8)
     with pytest.raises(ValueError, match="table b has 800 rows, its counts 3"):
-        find(rows, {**counts, "b": torch.ones(3)}, ratio=8)
+        find(rows, {**counts, "b": torch.ones(3, dtype=torch.int64)}, ratio=8)
     with pytest.raises(ValueError, match="table a: rows 0 to 2999 hold NaN"):
         find({**rows, "a": rows["a"] / 0 * 0}, counts, ratio=8)

@@ -145,7 +145,7 @@ def test_mistakes(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="no counts for table t_tag"):
         convert_checkpoint(path, counts={n: c for n, c in counts().items() if n != "t_tag"}, ratio=6)
     with pytest.raises(ValueError, match="table t_user has 400 rows, its counts 3"):
-        convert_checkpoint(path, counts={**counts(), "t_user": torch.ones(3)}, ratio=6)
+        convert_checkpoint(path, counts={**counts(), "t_user": torch.ones(3, dtype=torch.int64)}, ratio=6)
     with pytest.raises(ValueError, match="cannot be met: without any bits the tables take"):
         convert_checkpoint(path, counts=counts(), ratio=60)
 
