@@ -300,6 +300,7 @@ def test_the_machine_sees_what_is_broken(
         monkeypatch.setattr(CacheMachine, "write", staticmethod(broken))
     else:
         monkeypatch.setattr(cached_rows, name, broken)
-    until_seen = settings(SETTINGS, max_examples=500)
+    # The smallest run that shows it would take half a minute to find, and nobody to read it.
+    until_seen = settings(SETTINGS, max_examples=500, phases=[Phase.generate])
     with pytest.raises(AssertionError):
         run_state_machine_as_test(CacheMachine, settings=until_seen)  # type: ignore[no-untyped-call]
