@@ -58,4 +58,6 @@ def figures(records: Sequence[Record]) -> Figures:
 
 
 def _width(bits: str) -> str:
+    if bits.startswith("coded"):
+        return f"{bits} smaller than fp32"
     return _NAMES.get(bits) or f"{bits} bit{'s' if bits != '1' else ''}"
