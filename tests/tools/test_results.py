@@ -88,7 +88,7 @@ def test_lookups_with_avx2_stand_in_brackets(tool: ModuleType, records: Path) ->
         if run["case"] == "mean of 8 cells" and (run["bits"], run["rival"], run["dim"]) == ("2", "INT2", 64):
             run["ratio"] = {"avx512": 3.0, "avx2": 0.25}[run["capability"]]
     (records / "lookup.json").write_text(json.dumps(runs))
-    (line,) = [x for x in tool.fill("{{ lookup: means }}").splitlines() if x.startswith("| 2 bits | INT2 |")]
+    line, *_ = [x for x in tool.fill("{{ lookup: means }}").splitlines() if x.startswith("| 2 bits | INT2 |")]
     assert line.split(" | ")[3] == "3.00 (0.25)"
     assert tool.fill("{{ lookup: against INT, avx512 }}").endswith(" to 3.00")
     assert tool.fill("{{ lookup: against INT, avx2 }}").startswith("0.25 to ")
