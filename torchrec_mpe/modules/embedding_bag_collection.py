@@ -153,6 +153,7 @@ class MPEEmbeddingBagCollection(MayRefuseQuantization, EmbeddingBagCollection):
     def enter(self, phase: Phase, quantizers: Mapping[int, RowQuantizer], initialization: RowInitialization) -> None:
         """Enter the search or retrain phase, rows at their initial values."""
         self._row_maps = {}
+        self._rows_of_features = rows_of_features(self.embedding_bag_configs())
         self.mpe = nn.ModuleDict({f"dim_{dim}": quantizer for dim, quantizer in quantizers.items()})
         self.phase = phase
         self.row_initialization = initialization
@@ -195,7 +196,7 @@ class MPEEmbeddingBagCollection(MayRefuseQuantization, EmbeddingBagCollection):
         if is_traced(features):
             raise TypeError(self._traced())
         self._refuse_optimizers_in_backward()
-        features = check_ids(maybe_td_to_kjt(features, None), rows_of_features(self.embedding_bag_configs()))
+        features = check_ids(maybe_td_to_kjt(features, None), self._rows_of_features)
         # Not KeyedJaggedTensor.to_dict, which fails on an empty batch.
         number = {key: k for k, key in enumerate(features.keys())}
         ids_per_key, bags_per_key = features.length_per_key(), features.stride_per_key()
