@@ -252,8 +252,7 @@ class Checkpoints:
         """Load a checkpoint into a model of the same tables and phase, sharded in whatever way.
 
         Everything that can be checked is checked before anything is changed, the digests of all files too, unless
-        :meth:`newest` has done it. Learning rates are those of the
-        checkpoint.
+        :meth:`newest` has done it. Learning rates are those of the checkpoint.
 
         Args:
             model (nn.Module): a DistributedModelParallel; or an unsharded model, with ``optimizer_state=False``.

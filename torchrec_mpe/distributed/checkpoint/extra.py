@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from torchrec_mpe.distributed.checkpoint.checkpoint import Checkpoint
 from torchrec_mpe.distributed.checkpoint.fused_optimizer import global_size
+from torchrec_mpe.distributed.checkpoint.tensor_names import without_prefix
 from torchrec_mpe.upstream.checkpoint import SavedTensor
 
 # Dictionaries whose keys are not all text, as lists of pairs: MultiStepLR counts its milestones in a Counter.
@@ -91,7 +92,7 @@ def set_extra(
     Where ranks had different values each gets its own, under another world size rank 0's.
     """
     for name in sorted(extra):
-        loaded = {key.removeprefix(_key(name, "")): t for key, t in tensors.items() if key.startswith(_key(name, ""))}
+        loaded = without_prefix(_key(name, ""), tensors)
         extra[name].load_state_dict({**from_json(_values(name, checkpoint, rank, world_size)), **loaded})
 
 

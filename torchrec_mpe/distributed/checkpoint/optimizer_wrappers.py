@@ -1,6 +1,6 @@
 """The optimizers within what a user trains with, and what wrappers around them keep of their own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
+from torchrec_mpe.distributed.checkpoint.tensor_names import without_prefix
 from torchrec_mpe.upstream.checkpoint import SavedTensor
 from torchrec_mpe.upstream.optimizers import optimizer_inside
 
@@ -116,14 +117,8 @@ class WrapperStates:
     def set(self) -> None:
         """Give wrappers the state that was loaded into :meth:`targets`; without one they begin anew."""
         for name, (wrapper, parameter) in self._own.items():
-            of_parameter = dict(self._of(name))
+            of_parameter = without_prefix(f"{STATE}{name}.", self._loaded)
             states: Any = wrapper.state
             states.pop(parameter, None)
             if of_parameter:
                 states[parameter] = of_parameter
-
-    def _of(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        prefix = f"{STATE}{name}."
-        for key, value in self._loaded.items():
-            if key.startswith(prefix):
-                yield key.removeprefix(prefix), value

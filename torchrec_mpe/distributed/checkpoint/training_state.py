@@ -33,6 +33,7 @@ from torchrec_mpe.distributed.checkpoint.fused_optimizer import (
 from torchrec_mpe.distributed.checkpoint.optimizer_wrappers import WrapperStates, optimizer_parts
 from torchrec_mpe.distributed.checkpoint.preparation import phase_of, search_config_of
 from torchrec_mpe.distributed.checkpoint.rng import derive_rng_state, rng_state, set_rng_state
+from torchrec_mpe.distributed.checkpoint.tensor_names import prefixed, without_prefix
 from torchrec_mpe.upstream.checkpoint import SavedTensor
 from torchrec_mpe.upstream.sharded_tensor import ShardedTensor
 
@@ -93,13 +94,13 @@ class TrainingState:
         """What this rank saves, by name; what the ranks share has the same name on each."""
         return {
             **self._of_model(rank, local_buffers),
-            **_prefixed(_FUSED, self._fused),
-            **_prefixed(_FUSED_NUMBERS, self._numbers),
-            **_prefixed(_FUSED_HYPERPARAMETERS, self._hyperparameters()),
-            **_prefixed(_CACHES, cache_progress(self._model)),
+            **prefixed(_FUSED, self._fused),
+            **prefixed(_FUSED_NUMBERS, self._numbers),
+            **prefixed(_FUSED_HYPERPARAMETERS, self._hyperparameters()),
+            **prefixed(_CACHES, cache_progress(self._model)),
             **self._dense.tensors(),
             **self._wrappers.tensors(),
-            **_prefixed(f"{_RNG}{rank}.", rng_state(self._device)),
+            **prefixed(f"{_RNG}{rank}.", rng_state(self._device)),
         }
 
     def values(self) -> dict[str, Any]:
@@ -188,8 +189,8 @@ class TrainingState:
         prefix = f"{_RNG}{of_rank}."
         return {
             **self._of_model(of_rank, checkpoint.manifest["local_buffers"]),
-            **_prefixed(_FUSED, moved),
-            **_prefixed(_FUSED_NUMBERS, numbers),
+            **prefixed(_FUSED, moved),
+            **prefixed(_FUSED_NUMBERS, numbers),
             **cache_progress_targets(self._model, saved, _CACHES),
             **self._dense.targets(saved),
             **self._wrappers.targets(saved),
@@ -213,11 +214,11 @@ class TrainingState:
         # Rows and quantizers are in place: this lets modules drop what they had cached of them.
         self._model.load_state_dict(dict(self._state_dict))
         clear_cached_optimizer_state(self._model, fresh)
-        set_cache_progress(self._model, _without(_CACHES, targets))
+        set_cache_progress(self._model, without_prefix(_CACHES, targets))
         if self._sharded is not None:
             clear_fused_state({name: t for name, t in self._fused.items() if _of(name, fresh)})
             set_fused_numbers(self._sharded, self._numbers, fresh)
-            set_fused_hyperparameters(self._sharded, _without(_FUSED_HYPERPARAMETERS, targets))
+            set_fused_hyperparameters(self._sharded, without_prefix(_FUSED_HYPERPARAMETERS, targets))
         if self._has_dense:
             self._dense.set(checkpoint.manifest["optimizers"])
         self._wrappers.set()
@@ -249,15 +250,6 @@ def differing(digests: Sequence[Mapping[str, str]]) -> list[str]:
 def _refuse(names: list[str], said: str) -> None:
     if names:
         raise ValueError(f"{said}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-
-
-def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _of(state: str, parameters: set[str]) -> bool:
